@@ -1,0 +1,25 @@
+"""Guywire: hold the parameters of neural networks near where they belong."""
+
+from guywire import curvature
+from guywire.core.attach import Wires, attach
+from guywire.core.errors import GuywireError
+from guywire.core.regularizer import Regularizer
+from guywire.core.selection import select
+from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EWC",
+    "L1",
+    "L2",
+    "GuywireError",
+    "Regularizer",
+    "Wires",
+    "attach",
+    "curvature",
+    "ewc_penalty",
+    "l1_penalty",
+    "l2_penalty",
+    "select",
+]

@@ -1,0 +1,1 @@
+"""The mechanism: tensors, selection, batches, regularizers and how they attach."""

@@ -1,0 +1,353 @@
+"""Attach regularizers to a model and its optimiser, by the optimiser's own step hooks.
+
+The pull of a penalty needs no autograd graph, so it is added to the gradients in the optimiser's
+step pre-hook: once per optimiser step whatever the gradient accumulation, after AMP unscaling and
+after the all-reduce, and on the local shard under FSDP2, without communication.
+
+Two things to know. Gradient clipping by the loop happens before the pull. And the pull is not part
+of the reported loss: ``wires.penalty()`` gives its value.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from guywire.core import batches, selection
+from guywire.core.errors import AttachError, CheckpointError
+from guywire.core.regularizer import Regularizer, Step
+
+__all__ = ["Wires", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    regularizers: Regularizer | Sequence[Regularizer],
+) -> Wires:
+    """Hold the parameters of a model while an optimiser moves them.
+
+    Args:
+        model: the module that is trained: plain, compiled, or wrapped by DDP or FSDP2.
+        optimizer: a ``torch.optim`` optimiser, or Accelerate's or Lightning's wrapper of one.
+        regularizers: one or several; their order is the order in which they act.
+
+    Returns:
+        The wires: ``loss``, ``penalty``, ``consolidate``, ``detach``, ``state_dict``. Also a
+        context manager that detaches at its end.
+
+    Raises:
+        AttachError: the optimiser is none, holds none of the model's parameters, or a regularizer
+            is attached already.
+        SelectionError: a regularizer's selection matches nothing.
+
+    Example:
+        >>> import guywire as gw
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with gw.attach(model, optimizer, gw.L2(strength=0.5)) as wires:
+        ...     loss = model(torch.ones(4, 2)).square().mean() + wires.loss(None)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     bool(wires.penalty() > 0)
+        True
+    """
+    if isinstance(regularizers, Regularizer):
+        regularizers = [regularizers]
+    return Wires(model, optimizer, regularizers)
+
+
+class Wires:
+    """Regularizers attached to a model and its optimiser; made by :func:`attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        regularizers: Sequence[Regularizer],
+    ) -> None:
+        self.model = model
+        self.regularizers = list(regularizers)
+        self.optimizer = _innermost(optimizer)
+        self._inner = selection.unwrap(model)
+        self._check_arguments()
+        self.steps = 0
+        self._step: Step | None = None
+        self._attached: list[Regularizer] = []
+        try:
+            for regularizer in self.regularizers:
+                regularizer.setup(self._inner)
+                regularizer._wires = self  # type: ignore[attr-defined]
+                self._attached.append(regularizer)
+        except BaseException:
+            self._release()
+            raise
+        self._known = _fingerprint(self._inner)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
+
+    def loss(self, batch: Any, outputs: Any = None) -> Tensor:
+        """Return the terms that loss-side methods add to the loss of this batch.
+
+        Args:
+            batch: the batch, as a pair ``(inputs, labels)`` or a Hugging Face dict.
+            outputs: what the model returned for it. Pass it on where you have it: a method that
+                needs the outputs and does not get them runs the model once more.
+
+        Returns:
+            A 0-d tensor; zero if no method adds anything.
+        """
+        total: Tensor | None = None
+        for regularizer in self.regularizers:
+            term = regularizer.loss(batch, outputs)
+            if term is not None:
+                total = term if total is None else total + term
+        if total is None:
+            return torch.zeros((), device=batches.device_of(self._inner))
+        return total
+
+    def penalty(self) -> Tensor:
+        """Return the present value of the step-side penalties, for logs.
+
+        Under FSDP2 this communicates, and every process must call it.
+
+        Returns:
+            A 0-d tensor without a graph.
+        """
+        with torch.no_grad():
+            values = [v for r in self.regularizers if (v := r.penalty()) is not None]
+            if not values:
+                return torch.zeros((), device=batches.device_of(self._inner))
+            return torch.stack([v.to(values[0]) for v in values]).sum()
+
+    def consolidate(self, data: Iterable[Any] | None = None) -> None:
+        """Tell every regularizer that a task ends.
+
+        The model's train flags and buffers and the global random state are left as they were.
+
+        Args:
+            data: batches of the task that ends, for methods that learn from data (EWC's
+                importances, a replay memory); others do without. Under DDP and FSDP2 each process
+                passes its own part.
+
+        Raises:
+            AttachError: the wires are detached.
+        """
+        if not self._handles:
+            raise AttachError("these wires are detached: attach again before consolidate()")
+        flags = [(module, module.training) for module in self._inner.modules()]
+        try:
+            with _random_state_kept():
+                for regularizer in self.regularizers:
+                    regularizer.consolidate(self._inner, data)
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def refresh(self) -> None:
+        """Accept a model that was changed on purpose since the wires were attached.
+
+        Every regularizer binds anew: parameters that vanished are let go, new ones are free until
+        the next ``consolidate``.
+        """
+        for regularizer in self.regularizers:
+            regularizer.teardown()
+            regularizer.setup(self._inner)
+        self._known = _fingerprint(self._inner)
+
+    def detach(self) -> None:
+        """Remove the hooks and let go of the model; the regularizers keep what they learnt."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on later: a tree for ``core.checkpoint.save``.
+
+        Returns:
+            The state of each regularizer in order, and the number of steps done.
+        """
+        return {
+            "steps": self.steps,
+            "regularizers": [
+                {"kind": type(r).__name__, "state": r.state_dict()} for r in self.regularizers
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Args:
+            state: the tree.
+
+        Raises:
+            CheckpointError: it belongs to other regularizers.
+        """
+        kinds = [entry["kind"] for entry in state["regularizers"]]
+        mine = [type(r).__name__ for r in self.regularizers]
+        if kinds != mine:
+            raise CheckpointError(f"the state is of {kinds}, but attached are {mine}")
+        for regularizer, entry in zip(self.regularizers, state["regularizers"], strict=True):
+            regularizer.load_state_dict(entry["state"])
+        self.steps = int(state["steps"])
+
+    def __enter__(self) -> Wires:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"Wires({', '.join(map(repr, self.regularizers))})"
+
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        self._check_model()
+        closure, replace = _find_closure(args, kwargs)
+        if closure is None:
+            self._step = self._new_step()
+            with torch.no_grad():
+                self._edit_gradients(self._step)
+            return None
+        # A closure computes the gradients inside the step, as often as the optimiser likes: the
+        # pull goes in behind each of its backward passes, and its value into the loss it returns.
+        self._step = None
+
+        def held(*inner: Any, **more: Any) -> Any:
+            loss = closure(*inner, **more)
+            evaluation = 0 if self._step is None else self._step.evaluation + 1
+            self._step = self._new_step(evaluation)
+            with torch.no_grad():
+                self._edit_gradients(self._step)
+                return loss if loss is None else loss + self.penalty().to(loss)
+
+        return replace(held)
+
+    def _edit_gradients(self, step: Step) -> None:
+        for regularizer in self.regularizers:
+            regularizer.before_step(step)
+
+    def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        step = self._step or self._new_step()
+        self._step = None
+        if not step.skipped:
+            with torch.no_grad():
+                for regularizer in self.regularizers:
+                    regularizer.after_step(step)
+        self.steps += 1
+
+    def _new_step(self, evaluation: int = 0) -> Step:
+        # A fused optimiser under GradScaler divides by the scale inside its step, and skips there.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        found = getattr(self.optimizer, "found_inf", None)
+        return Step(
+            self.optimizer,
+            number=self.steps,
+            evaluation=evaluation,
+            scale=1.0 if scale is None else float(scale),
+            skipped=found is not None and bool(found),
+        )
+
+    def _check_arguments(self) -> None:
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise AttachError(f"{self.optimizer!r} is not a torch.optim optimiser")
+        for regularizer in self.regularizers:
+            if not isinstance(regularizer, Regularizer):
+                raise AttachError(
+                    f"{regularizer!r} is not a Regularizer: pass gw.L2(...), gw.EWC(...) or a list"
+                )
+            if getattr(regularizer, "_wires", None) is not None:
+                raise AttachError(
+                    f"{regularizer!r} is attached already: detach those wires first, "
+                    "or make another one"
+                )
+        if len({id(r) for r in self.regularizers}) < len(self.regularizers):
+            raise AttachError("one regularizer stands twice in the list: make a second one")
+        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in owned for p in self._inner.parameters()):
+            raise AttachError(
+                "the optimiser holds none of the model's parameters: attach the optimiser that "
+                "was made from this model (under FSDP2, after fully_shard)"
+            )
+
+    def _check_model(self) -> None:
+        now = _fingerprint(self._inner)
+        if now == self._known:
+            return
+        for name in sorted(self._known.keys() | now.keys()):
+            was, new = self._known.get(name), now.get(name)
+            if was == new:
+                continue
+            if was is None:
+                what = "appeared"
+            elif new is None:
+                what = "vanished"
+            elif was[1:] != new[1:]:
+                what = f"changed from {_words(was)} to {_words(new)}"
+            else:
+                what = "was replaced by another tensor"
+            raise AttachError(
+                f"parameter {name!r} {what} since the wires were attached: call wires.refresh() "
+                "after changing a model on purpose, or attach again with an optimiser that has it"
+            )
+
+    def _release(self) -> None:
+        for regularizer in self._attached:
+            regularizer.teardown()
+            regularizer._wires = None  # type: ignore[attr-defined]
+        self._attached = []
+
+
+def _innermost(optimizer: Any) -> Any:
+    # Accelerate's and Lightning's wrappers, and ZeRO-style ones, keep the real one inside.
+    for _ in range(8):
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner
+    return optimizer
+
+
+def _find_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    # args[0] is the optimiser itself.
+    if kwargs.get("closure") is not None:
+        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
+    if len(args) > 1 and callable(args[1]):
+        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
+    return None, None
+
+
+def _fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (id(p), tuple(p.shape), p.device) for name, p in model.named_parameters()
+    }
+
+
+def _words(entry: tuple[Any, ...]) -> str:
+    return f"shape {entry[1]} on {entry[2]}"
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    # Iterating a DataLoader draws from torch's global generator even when it does not shuffle.
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

@@ -1,0 +1,254 @@
+"""Arithmetic on named tensors: the few kernels that penalties are made of.
+
+Every kernel works elementwise on the *local* part of each tensor, so under FSDP2 it touches this
+process's shard and communicates nothing. On a CPU it walks each tensor in blocks that stay in the
+cache, so a pull costs one pass over memory and no temporary of a parameter's size; on other devices
+it works tensor by tensor, with one temporary of the largest parameter's size.
+
+All of them expect to run under ``torch.no_grad()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Tensors",
+    "add_pull",
+    "add_sign",
+    "clone",
+    "distance",
+    "local",
+    "pull_towards",
+    "reduce_shards",
+    "shrink_towards",
+    ]
+
+Tensors = dict[str, Tensor]
+
+# Elements a block: 64 Ki floats and a buffer of the same size stay in a core's second-level cache.
+_BLOCK = 1 << 16
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, detached: a DTensor's shard, or the tensor itself.
+
+    Args:
+        tensor: an ordinary tensor or a ``DTensor``.
+
+    Returns:
+        A tensor that shares the memory.
+    """
+    tensor = tensor.detach()
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def clone(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a detached copy that shares no memory, sharded as the original is.
+
+    Args:
+        tensor: an ordinary tensor or a ``DTensor``.
+        dtype: of the copy; the tensor's own if ``None``.
+
+    Returns:
+        The copy.
+    """
+    copy = tensor.detach().clone()
+    return copy if dtype is None else copy.to(dtype)
+
+
+def add_pull(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    strengths: Sequence[float],
+    precisions: Sequence[Tensor] | None = None,
+) -> None:
+    """Add ``strength * precision * (param - anchor)`` to each gradient in place.
+
+    Args:
+        grads: local gradients, changed in place.
+        params: local parameters.
+        anchors: local anchors; ``None`` stands for zero.
+        strengths: one number a tensor.
+        precisions: local weights of the quadratic; ``None`` stands for one everywhere.
+    """
+    for s, g, d, f in _differences(grads, params, anchors, strengths, precisions):
+        _add_product(g, d, f, s)
+
+
+def add_sign(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    strengths: Sequence[float],
+) -> None:
+    """Add ``strength * sign(param - anchor)`` to each gradient in place.
+
+    Args:
+        grads: local gradients, changed in place.
+        params: local parameters.
+        anchors: local anchors; ``None`` stands for zero.
+        strengths: one number a tensor.
+    """
+    for s, g, d, _ in _differences(grads, params, anchors, strengths, None):
+        g.add_(d.sign_(), alpha=s)
+
+
+def pull_towards(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    rates: Sequence[float],
+    precisions: Sequence[Tensor] | None = None,
+) -> None:
+    """Take ``rate * precision * (param - anchor)`` off each parameter in place.
+
+    Args:
+        params: local parameters, changed in place.
+        anchors: local anchors; ``None`` stands for zero.
+        rates: one number a tensor.
+        precisions: local weights; ``None`` stands for one everywhere.
+    """
+    for r, p, d, f in _differences(params, params, anchors, rates, precisions):
+        _add_product(p, d, f, -r)
+
+
+def shrink_towards(
+    params: Sequence[Tensor], anchors: Sequence[Tensor | None], rates: Sequence[float]
+) -> None:
+    """Move each parameter by ``rate`` towards its anchor, stopping there: the proximal step of L1.
+
+    Args:
+        params: local parameters, changed in place.
+        anchors: local anchors; ``None`` stands for zero.
+        rates: one number a tensor.
+    """
+    for r, p, d, _ in _differences(params, params, anchors, rates, None):
+        p.sub_(d.clamp_(-r, r))
+
+
+def distance(
+    param: Tensor, anchor: Tensor | None, precision: Tensor | None = None, *, power: int = 2
+) -> Tensor:
+    """Return ``sum(precision * |param - anchor|^power)`` over the local parts, in at least float32.
+
+    Args:
+        param: a local parameter.
+        anchor: its local anchor; ``None`` stands for zero.
+        precision: local weights; ``None`` stands for one everywhere.
+        power: 1 or 2.
+
+    Returns:
+        A 0-d tensor on the parameter's device.
+    """
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    total = torch.zeros((), dtype=dtype, device=param.device)
+    weights = None if precision is None else [precision]
+    for _, _, d, f in _differences([param], [param], [anchor], [1.0], weights):
+        d = d.to(dtype)
+        d = d.abs() if power == 1 else d.square()
+        total += torch.sum(d if f is None else d * f)
+    return total
+
+
+def reduce_shards(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Sum local values into one that is the same on every process.
+
+    Values that belong to sharded parameters are summed over the processes that hold the shards,
+    with one collective call for all parameters that are sharded alike.
+
+    Args:
+        parts: pairs of a parameter and the value summed over its local part (0-d).
+
+    Returns:
+        The total (0-d), or ``None`` if there are no parts.
+    """
+    plain: Tensor | None = None
+    sharded: dict[Any, Tensor] = {}
+    for parameter, value in parts:
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            plain = value if plain is None else plain + value.to(plain)
+        else:
+            key = (mesh, tuple(parameter.placements))  # pyright: ignore[reportAttributeAccessIssue]
+            sharded[key] = value + sharded[key] if key in sharded else value
+    for (mesh, placements), value in sharded.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        kinds = [Replicate() if one.is_replicate() else Partial() for one in placements]
+        whole = DTensor.from_local(value, mesh, kinds, run_check=False).full_tensor()
+        plain = whole if plain is None else plain + whole.to(plain)
+    return plain
+
+
+def _add_product(target: Tensor, difference: Tensor, precision: Tensor | None, scale: float) -> None:
+    if precision is None:
+        target.add_(difference, alpha=scale)
+    elif target.dtype == difference.dtype == precision.dtype:
+        target.addcmul_(precision, difference, value=scale)
+    else:
+        target.add_(difference * precision, alpha=scale)
+
+
+def _differences(
+    targets: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor | None],
+    scales: Sequence[float],
+    precisions: Sequence[Tensor] | None,
+) -> Iterator[tuple[float, Tensor, Tensor, Tensor | None]]:
+    """Yield (scale, target, param - anchor, precision) block by block.
+
+    The difference may be written to; the next block overwrites it.
+    """
+    buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for i, param in enumerate(params):
+        scale, anchor = scales[i], anchors[i]
+        precision = None if precisions is None else precisions[i]
+        dtype = param.dtype if anchor is None else torch.promote_types(param.dtype, anchor.dtype)
+        if precision is not None:
+            dtype = torch.promote_types(dtype, precision.dtype)
+        key = (param.device, dtype)
+        if param.device.type == "cpu" and key not in buffers:
+            buffers[key] = torch.empty(_BLOCK, dtype=dtype)
+        for target, p, a, f in _blocks(targets[i], param, anchor, precision):
+            out = buffers[key][: p.numel()].view(p.shape) if key in buffers else None
+            if a is None:
+                d = p.to(dtype, copy=True) if out is None else out.copy_(p)
+            else:
+                d = torch.sub(p, a) if out is None else torch.sub(p, a, out=out)
+            yield scale, target, d, f
+
+
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cpu" or first.numel() <= _BLOCK:
+        yield tensors
+        return
+    if all(t is None or t.is_contiguous() for t in tensors):
+        flat = [None if t is None else t.view(-1) for t in tensors]
+    elif all(t is None or t.stride() == first.stride() for t in tensors) and _dense(first):
+        # The same dense layout in another order of dimensions, such as channels_last.
+        flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
+    else:
+        for rows in zip(*(_rows(t, first.shape[0]) for t in tensors), strict=True):
+            yield from _blocks(*rows)
+        return
+    count = -(-first.numel() // _BLOCK)
+    pieces = [[None] * count if t is None else t.split(_BLOCK) for t in flat]
+    yield from zip(*pieces, strict=True)
+
+
+def _rows(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    return [None] * count if tensor is None else tensor.unbind(0)
+
+
+def _dense(tensor: Tensor) -> bool:
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).is_contiguous()
+

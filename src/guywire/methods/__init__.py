@@ -1,0 +1,1 @@
+"""The methods, one folder a family, one file a method."""

@@ -1,0 +1,171 @@
+"""L1: hold parameters near an anchor by the sum of absolute distances.
+
+For whoever wants *few* weights to change: most stay exactly where they were when the pull is
+decoupled (its proximal step stops at the anchor), so the difference to the anchor is sparse.
+
+    penalty = strength * sum_i |theta_i - anchor_i|,     pull = strength * sign(theta - anchor)
+
+Symbols, anchors and options are those of :class:`guywire.L2`. Decoupled, each step moves a
+parameter by at most ``lr * strength`` towards its anchor, the proximal step of the penalty, taken
+before the optimiser's own step as AdamW's decay is.
+
+Source: the L1 form of L2-SP, Li, Grandvalet, Davoine, "Explicit Inductive Bias for Transfer
+Learning with Convolutional Networks", arXiv 1802.01483.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from guywire.core import tensors
+from guywire.core.regularizer import Regularizer, Step
+from guywire.core.selection import Selection
+from guywire.core.tensors import Tensors
+from guywire.methods.penalties import _anchored
+
+__all__ = ["L1", "l1_penalty"]
+
+
+def l1_penalty(params: Mapping[str, Tensor], anchors: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Return ``sum |theta - anchor|`` over all tensors, differentiable.
+
+    Args:
+        params: names to parameters.
+        anchors: names to anchors of the same shapes; ``None`` is zero.
+
+    Returns:
+        A 0-d tensor.
+
+    Example:
+        >>> l1_penalty({"w": torch.tensor([3.0, 4.0])})
+        tensor(7.)
+    """
+    terms = [(p if anchors is None else p - anchors[n]).abs().sum() for n, p in params.items()]
+    return torch.stack(terms).sum()
+
+
+@final
+class L1(Regularizer):
+    """Pull parameters towards an anchor by the absolute distance to it.
+
+    Args:
+        strength: weight of the penalty; a number, a schedule ``step -> number``, or a mapping from
+            globs to these for a strength per group of parameters.
+        select: which parameters, see :func:`guywire.select`.
+        anchor: ``"previous"`` (where they were at the last ``consolidate``, or at ``attach``),
+            ``"initial"`` (at the first ``attach``, for good), ``"zero"``, or names to tensors.
+        decoupled: apply the pull to the parameters, times the learning rate, instead of to the
+            gradients.
+        anchor_dtype: of the anchors; the parameters' own if ``None``.
+
+    Raises:
+        SelectionError: at attach, if the selection matches nothing.
+        UsageError: at attach, if the strength or the anchor makes no sense.
+
+    Example:
+        >>> import guywire as gw
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> wires = gw.attach(model, optimizer, gw.L1(strength=1.0, anchor="zero"))
+        >>> before = model.weight.detach().clone()
+        >>> optimizer.step()  # no gradient of a loss: only the pull acts
+        >>> bool(torch.allclose(model.weight, before - 0.1 * before.sign()))
+        True
+    """
+
+    slug: ClassVar[str] = ""
+    title: ClassVar[str] = "Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L1 form)"
+    arxiv: ClassVar[str] = "1802.01483"
+    place: ClassVar[str] = "step"
+    memory: ClassVar[str] = "1"
+    passes: ClassVar[str] = "0"
+
+    def __init__(
+        self,
+        strength: _anchored.Strengths = 1e-4,
+        *,
+        select: Selection = None,
+        anchor: _anchored.Anchor = "previous",
+        decoupled: bool = False,
+        anchor_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.strength = strength
+        self.select = select
+        self.anchor = anchor
+        self.decoupled = decoupled
+        self.anchor_dtype = anchor_dtype
+        self.anchors_: Tensors | None = None
+        self._binding = _anchored.Binding()
+
+    def setup(self, model: nn.Module) -> None:
+        """Bind to the model; the first time, take the anchors.
+
+        Args:
+            model: the user's module.
+        """
+        self._binding.bind(model, self.select, self.strength)
+        self.anchors_ = _anchored.anchors_at_setup(
+            self._binding.params, self.anchor, self.anchors_, self.anchor_dtype
+        )
+
+    def before_step(self, step: Step) -> None:
+        """Pull.
+
+        Args:
+            step: the step that is about to happen.
+        """
+        self._binding.apply(
+            step, self.anchors_, None, factor=1.0, decoupled=self.decoupled, sign=True
+        )
+
+    def penalty(self) -> Tensor | None:
+        """Return ``strength * sum |theta - anchor|``.
+
+        Returns:
+            A 0-d tensor, or ``None`` if nothing is held.
+        """
+        return self._binding.value(self.anchors_, None, power=1)
+
+    def consolidate(self, model: nn.Module, data: Iterable[Any] | None) -> None:
+        """Move the anchors to where the parameters are now, if they are the previous task's.
+
+        Args:
+            model: the user's module.
+            data: not used.
+        """
+        if self.anchor == "previous":
+            self._binding.bind(model, self.select, self.strength)
+            self.anchors_ = {
+                name: tensors.clone(p, self.anchor_dtype)
+                for name, p in self._binding.params.items()
+            }
+
+    def teardown(self) -> None:
+        """Let go of the model; the anchors stay."""
+        self._binding.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the anchors.
+
+        Returns:
+            The state.
+        """
+        return {"anchors": self.anchors_}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the anchors back.
+
+        Args:
+            state: from ``state_dict``.
+
+        Raises:
+            CheckpointError: they do not fit the model attached.
+        """
+        anchors = state["anchors"]
+        if anchors is not None:
+            _anchored.check_shapes(self._binding.params, anchors, "the saved anchor")
+        self.anchors_ = None if anchors is None else _anchored.like(anchors, self._binding.params)
