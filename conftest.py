@@ -1,0 +1,62 @@
+"""Test settings for the whole project: one thread a worker, code blocks of the pages, loud skips."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# One thread a worker, before torch is imported: more would fight over the same two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
+
+torch.set_num_threads(1)
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+    setup=lambda namespace: torch.manual_seed(0),
+).pytest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that start processes on one worker, so that they do not starve each other."""
+    for item in items:
+        if item.get_closest_marker("multiprocess"):
+            item.add_marker(pytest.mark.xdist_group("multiprocess"))
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.xdist_group("browser"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet_randomness() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """Return the data folder, or skip the test where there is none."""
+    folder = os.environ.get("GUYWIRE_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs the data folder: set GUYWIRE_DATA")
+    return Path(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly how many tests were skipped for want of data or a browser."""
+    for word, remedy in (("data folder", "set GUYWIRE_DATA"), ("browser", "install chromium")):
+        skipped = [
+            report
+            for report in terminalreporter.stats.get("skipped", [])
+            if word in str(getattr(report, "longrepr", "")).lower()
+        ]
+        if skipped:
+            terminalreporter.write_line(
+                f"!!! {len(skipped)} tests were skipped for want of a {word}: {remedy}", yellow=True
+            )
