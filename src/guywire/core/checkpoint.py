@@ -1,0 +1,387 @@
+"""Checkpoints and other files, written so that a reader never meets half of one.
+
+A checkpoint is one safetensors file: any tool that reads safetensors sees its tensors under names
+such as ``model/head.weight``. The header's metadata hold the tree (which dict, list, number or
+tensor stands where) as JSON, and two SHA-256 checksums: of the tensors' bytes, and of everything
+else in the header. Nothing is ever unpickled.
+
+Every writer here makes a temporary file in the same folder, flushes it to the disk, renames it over
+the target and flushes the folder. A crash, a kill or a full disk leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from guywire.core.errors import CheckpointError, need
+
+__all__ = [
+    "Tree",
+    "load",
+    "save",
+    "write_bytes",
+    "write_json",
+    "write_parquet",
+    "write_text",
+]
+
+Tree = Any
+"""dict (with str or int keys), list, tuple, bool, int, float, str, ``None`` and tensors, nested."""
+
+_FORMAT = "guywire-1"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def save(path: str | os.PathLike[str], tree: Tree) -> None:
+    """Write a tree of plain values and tensors to one safetensors file, atomically.
+
+    Tensors are written one after another, so at most one of them is copied (from a GPU, or out of
+    a strided view). A tensor that stands in the tree twice is written once.
+
+    Args:
+        path: the file; its folder must exist.
+        tree: dict (with str or int keys), list, tuple, bool, int, float, str, ``None``, tensor.
+
+    Raises:
+        CheckpointError: something else is in the tree, or the file cannot be written (a full disk,
+            say); what was at ``path`` before is still there then.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "state.safetensors"
+        >>> save(path, {"step": 3, "w": torch.ones(2), "lr": [0.1, None]})
+        >>> load(path)
+        {'step': 3, 'w': tensor([1., 1.]), 'lr': [0.1, None]}
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_pack(tree, "", tensors, {}), allow_nan=False, separators=(",", ":"))
+    # Wide elements first: every tensor then starts at a multiple of its own element's size.
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    table: dict[str, Any] = {}
+    offset = 0
+    payload = hashlib.sha256()
+    for name in order:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        table[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+        payload.update(_bytes_of(tensor))
+    metadata = {
+        "format": _FORMAT,
+        "tree": structure,
+        "structure_sha256": _digest_of_structure(table, structure),
+        "payload_sha256": payload.hexdigest(),
+    }
+    header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with _replacing(Path(path)) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in order:
+            file.write(_bytes_of(tensors[name]))
+
+
+def load(path: str | os.PathLike[str]) -> Tree:
+    """Read a file that :func:`save` wrote, and verify it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tree, with tensors on the CPU. A tensor that stood in the tree twice is one object again.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or was not written by ``save``.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return _read(file, path)
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, "its header makes no sense") from error
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
+    """Write a file atomically.
+
+    Args:
+        path: the file; its folder must exist.
+        data: what to write.
+        durable: flush to the disk before renaming; leave out for files that only inform.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before still is.
+    """
+    with _replacing(Path(path), durable=durable) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = True) -> None:
+    """Write a text file (UTF-8) atomically.
+
+    Args:
+        path: the file; its folder must exist.
+        text: what to write.
+        durable: as in :func:`write_bytes`.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before still is.
+    """
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = True) -> None:
+    """Write a JSON file atomically. NaN and infinity become ``null``: JSON has neither.
+
+    Args:
+        path: the file; its folder must exist.
+        value: dicts, lists, strings, numbers, booleans and ``None``.
+        durable: as in :func:`write_bytes`.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before still is.
+    """
+    text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n", durable=durable)
+
+
+def write_parquet(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
+    """Write a parquet file atomically.
+
+    Args:
+        path: the file; its folder must exist.
+        columns: column names to sequences, numpy arrays or pyarrow arrays of one length.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before still is.
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow = need("pyarrow", extra="cli")
+    parquet = need("pyarrow.parquet", extra="cli")
+    with _replacing(Path(path)) as file:
+        parquet.write_table(arrow.table(columns), file, compression="zstd")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if durable:
+            _flush_folder(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is untouched: "
+            "free some space or choose another folder"
+        ) from error
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Some file systems cannot flush a folder; the rename is atomic all the same.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _pack(value: Tree, where: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
+    """Turn a tree into JSON in which everything that JSON lacks is a one-key object."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Tensor):
+        return {"tensor": _register(value, where, tensors, seen)}
+    if type(value) is int:
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, dict):
+        items = []
+        for key, item in value.items():
+            if not isinstance(key, str | int) or isinstance(key, bool):
+                raise CheckpointError(
+                    f"a key of {where or 'the tree'} is {key!r}: a checkpoint holds dicts with "
+                    "str or int keys"
+                )
+            items.append([key, _pack(item, f"{where}/{key}" if where else str(key), tensors, seen)])
+        return {"dict": items}
+    if isinstance(value, list | tuple):
+        packed = [_pack(v, f"{where}/{i}", tensors, seen) for i, v in enumerate(value)]
+        return packed if isinstance(value, list) else {"tuple": packed}
+    raise CheckpointError(
+        f"{where or 'the tree'} is a {type(value).__name__}: a checkpoint holds dict, list, tuple, "
+        "bool, int, float, str, None and tensors"
+    )
+
+
+def _register(tensor: Tensor, where: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
+    if tensor.layout != torch.strided or tensor.is_meta or hasattr(tensor, "to_local"):
+        raise CheckpointError(
+            f"{where or 'the tree'} is a {type(tensor).__name__} of layout {tensor.layout} on "
+            f"{tensor.device}: a checkpoint holds ordinary dense tensors"
+        )
+    if tensor.dtype not in _NAMES:
+        raise CheckpointError(
+            f"{where or 'the tree'} has the type {tensor.dtype}, which safetensors lacks"
+        )
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+    if tensor.numel() > 0 and key in seen:
+        return seen[key]
+    name = base = where or "tensor"
+    number = 1
+    while name in tensors or name == "__metadata__":
+        number += 1
+        name = f"{base}~{number}"
+    tensors[name] = tensor
+    seen[key] = name
+    return name
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Tree:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "tuple":
+        return tuple(_unpack(v, tensors) for v in content)
+    if kind == "dict":
+        return {key: _unpack(v, tensors) for key, v in content}
+    raise KeyError(kind)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _digest_of_structure(table: dict[str, Any], structure: str) -> str:
+    canonical = json.dumps([_FORMAT, table, structure], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read(file: BinaryIO, path: Path) -> Tree:
+    size = os.fstat(file.fileno()).st_size
+    table, metadata, start = _read_header(file, path, size)
+    structure = metadata["tree"]
+    if metadata.get("structure_sha256") != _digest_of_structure(table, structure):
+        raise _damaged(path, "the checksum of its header does not match")
+    # Before anything is allocated: the table must describe exactly the bytes that are there.
+    rows = sorted(table.items(), key=lambda row: row[1]["data_offsets"])
+    offset = 0
+    for name, row in rows:
+        begin, end = row["data_offsets"]
+        width = _DTYPES[row["dtype"]].itemsize
+        if begin != offset or end - begin != math.prod(row["shape"]) * width:
+            raise _damaged(path, f"its table contradicts itself at {name!r}")
+        offset = end
+    if offset != size - start:
+        raise _damaged(path, f"it holds {size - start} bytes of tensors where {offset} are due")
+    digest = hashlib.sha256()
+    tensors: dict[str, Tensor] = {}
+    for name, row in rows:
+        begin, end = row["data_offsets"]
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        view = raw.numpy().data
+        if end > begin and file.readinto(view) != end - begin:  # type: ignore[attr-defined]
+            raise _damaged(path, f"it ends within {name!r}")
+        digest.update(view)
+        tensors[name] = raw.view(_DTYPES[row["dtype"]]).reshape(row["shape"])
+    if metadata.get("payload_sha256") != digest.hexdigest():
+        raise _damaged(path, "the checksum of its tensors does not match")
+    return _unpack(json.loads(structure), tensors)
+
+
+def _read_header(
+    file: BinaryIO, path: Path, size: int
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise _damaged(path, "its header is not whole")
+    try:
+        table = json.loads(file.read(length))
+        metadata = table.pop("__metadata__", None)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, "its header cannot be read") from error
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by guywire (or by a version with another format): "
+            "give a state.safetensors of a run"
+        )
+    if not isinstance(metadata.get("tree"), str):
+        raise _damaged(path, "its structure is missing")
+    return table, metadata, 8 + length
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint {path} is damaged ({why}): delete it and start that trial again"
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
