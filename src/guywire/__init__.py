@@ -1,6 +1,7 @@
 """Guywire: hold the parameters of neural networks near where they belong."""
 
 from guywire import curvature
+from guywire.core import schedules
 from guywire.core.attach import Wires, attach
 from guywire.core.errors import GuywireError
 from guywire.core.regularizer import Regularizer
@@ -21,5 +22,6 @@ __all__ = [
     "ewc_penalty",
     "l1_penalty",
     "l2_penalty",
+    "schedules",
     "select",
 ]

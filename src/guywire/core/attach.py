@@ -5,22 +5,22 @@ step pre-hook: once per optimiser step whatever the gradient accumulation, after
 after the all-reduce, and on the local shard under FSDP2, without communication.
 
 Two things to know. Gradient clipping by the loop happens before the pull. And the pull is not part
-of the reported loss: ``wires.penalty()`` gives its value.
+of the reported loss: ``wires.penalty()`` gives its value. Only where the optimiser is given a
+closure (LBFGS) the value is added to the loss that the closure returns, since a line search needs
+loss and gradient to agree; under FSDP2 that communicates.
 """
 
 from __future__ import annotations
 
-import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guywire.core import batches, selection
+from guywire.core import _stepping, batches, selection
 from guywire.core.errors import AttachError, CheckpointError
 from guywire.core.regularizer import Regularizer, Step
 
@@ -75,21 +75,24 @@ class Wires:
     ) -> None:
         self.model = model
         self.regularizers = list(regularizers)
-        self.optimizer = _innermost(optimizer)
+        self.optimizer = _stepping.innermost(optimizer)
         self._inner = selection.unwrap(model)
+        _stepping.reshard(self._inner)
         self._check_arguments()
         self.steps = 0
         self._step: Step | None = None
+        self._frame: FrameType | None = None
         self._attached: list[Regularizer] = []
         try:
             for regularizer in self.regularizers:
-                regularizer.setup(self._inner)
-                regularizer._wires = self  # type: ignore[attr-defined]
+                # Noted first, so that a setup that fails half-way is torn down as well.
                 self._attached.append(regularizer)
+                regularizer._wires = self  # type: ignore[attr-defined]
+                regularizer.setup(self._inner)
         except BaseException:
             self._release()
             raise
-        self._known = _fingerprint(self._inner)
+        self._known = _stepping.fingerprint(self._inner)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -137,17 +140,20 @@ class Wires:
         Args:
             data: batches of the task that ends, for methods that learn from data (EWC's
                 importances, a replay memory); others do without. Under DDP and FSDP2 each process
-                passes its own part.
+                passes its own part. An iterator is read once and kept if several methods want it.
 
         Raises:
             AttachError: the wires are detached.
         """
         if not self._handles:
             raise AttachError("these wires are detached: attach again before consolidate()")
+        if len(self.regularizers) > 1 and isinstance(data, Iterator):
+            data = list(data)
         flags = [(module, module.training) for module in self._inner.modules()]
         try:
-            with _random_state_kept():
+            with _stepping.random_state_kept(batches.device_of(self._inner)):
                 for regularizer in self.regularizers:
+                    _stepping.reshard(self._inner)
                     regularizer.consolidate(self._inner, data)
         finally:
             for module, flag in flags:
@@ -158,17 +164,24 @@ class Wires:
 
         Every regularizer binds anew: parameters that vanished are let go, new ones are free until
         the next ``consolidate``.
+
+        Raises:
+            AttachError: the wires are detached.
         """
+        if not self._handles:
+            raise AttachError("these wires are detached: attach again instead of refresh()")
+        _stepping.reshard(self._inner)
         for regularizer in self.regularizers:
             regularizer.teardown()
             regularizer.setup(self._inner)
-        self._known = _fingerprint(self._inner)
+        self._known = _stepping.fingerprint(self._inner)
 
     def detach(self) -> None:
         """Remove the hooks and let go of the model; the regularizers keep what they learnt."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._step = self._frame = None
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -191,8 +204,13 @@ class Wires:
             state: the tree.
 
         Raises:
-            CheckpointError: it belongs to other regularizers.
+            CheckpointError: it belongs to other regularizers, or is no such state.
         """
+        if not {"steps", "regularizers"} <= state.keys():
+            raise CheckpointError(
+                f"a tree with the keys {sorted(state)} is not the state of wires: it needs "
+                "'steps' and 'regularizers', as wires.state_dict() gives them"
+            )
         kinds = [entry["kind"] for entry in state["regularizers"]]
         mine = [type(r).__name__ for r in self.regularizers]
         if kinds != mine:
@@ -216,39 +234,59 @@ class Wires:
         return f"Wires({', '.join(map(repr, self.regularizers))})"
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        # An optimiser whose step() calls super().step() fires its hooks twice, or not, depending on
+        # which classes were used before: only the outermost call counts. Its frame tells it apart
+        # from a call that an exception ended without a post-hook.
+        caller = sys._getframe(1)
+        if self._frame is not None and _stepping.is_above(self._frame, caller):
+            return None
         self._check_model()
-        closure, replace = _find_closure(args, kwargs)
+        self._frame, self._step = caller, None
+        closure, replace = _stepping.find_closure(args, kwargs)
         if closure is None:
             self._step = self._new_step()
-            with torch.no_grad():
-                self._edit_gradients(self._step)
+            self._edit_gradients(self._step)
             return None
         # A closure computes the gradients inside the step, as often as the optimiser likes: the
         # pull goes in behind each of its backward passes, and its value into the loss it returns.
-        self._step = None
 
         def held(*inner: Any, **more: Any) -> Any:
             loss = closure(*inner, **more)
             evaluation = 0 if self._step is None else self._step.evaluation + 1
             self._step = self._new_step(evaluation)
-            with torch.no_grad():
-                self._edit_gradients(self._step)
-                return loss if loss is None else loss + self.penalty().to(loss)
+            value = self._coupled_penalty()  # before a decoupled pull moves the parameters
+            self._edit_gradients(self._step)
+            if loss is None or value is None:
+                return loss
+            if isinstance(loss, Tensor):
+                with torch.no_grad():
+                    return loss + value.to(loss)
+            return loss + float(value)
 
         return replace(held)
 
     def _edit_gradients(self, step: Step) -> None:
-        for regularizer in self.regularizers:
-            regularizer.before_step(step)
+        if not step.skipped:
+            with torch.no_grad():
+                for regularizer in self.regularizers:
+                    regularizer.before_step(step)
+
+    def _coupled_penalty(self) -> Tensor | None:
+        with torch.no_grad():
+            coupled = [r for r in self.regularizers if not getattr(r, "decoupled", False)]
+            values = [v for r in coupled if (v := r.penalty()) is not None]
+            return torch.stack([v.to(values[0]) for v in values]).sum() if values else None
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if sys._getframe(1) is not self._frame:
+            return
         step = self._step or self._new_step()
-        self._step = None
+        self._step = self._frame = None
         if not step.skipped:
             with torch.no_grad():
                 for regularizer in self.regularizers:
                     regularizer.after_step(step)
-        self.steps += 1
+            self.steps += 1
 
     def _new_step(self, evaluation: int = 0) -> Step:
         # A fused optimiser under GradScaler divides by the scale inside its step, and skips there.
@@ -285,69 +323,21 @@ class Wires:
             )
 
     def _check_model(self) -> None:
-        now = _fingerprint(self._inner)
+        now = _stepping.fingerprint(self._inner)
         if now == self._known:
             return
-        for name in sorted(self._known.keys() | now.keys()):
-            was, new = self._known.get(name), now.get(name)
-            if was == new:
-                continue
-            if was is None:
-                what = "appeared"
-            elif new is None:
-                what = "vanished"
-            elif was[1:] != new[1:]:
-                what = f"changed from {_words(was)} to {_words(new)}"
-            else:
-                what = "was replaced by another tensor"
-            raise AttachError(
-                f"parameter {name!r} {what} since the wires were attached: call wires.refresh() "
-                "after changing a model on purpose, or attach again with an optimiser that has it"
-            )
+        _stepping.reshard(self._inner)
+        now = _stepping.fingerprint(self._inner)
+        if now == self._known:
+            return
+        raise AttachError(
+            f"{_stepping.change(self._known, now)} since the wires were attached: call "
+            "wires.refresh() after changing a model on purpose, or attach again with an optimiser "
+            "that has it"
+        )
 
     def _release(self) -> None:
         for regularizer in self._attached:
             regularizer.teardown()
             regularizer._wires = None  # type: ignore[attr-defined]
         self._attached = []
-
-
-def _innermost(optimizer: Any) -> Any:
-    # Accelerate's and Lightning's wrappers, and ZeRO-style ones, keep the real one inside.
-    for _ in range(8):
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            return optimizer
-        optimizer = inner
-    return optimizer
-
-
-def _find_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    # args[0] is the optimiser itself.
-    if kwargs.get("closure") is not None:
-        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
-    if len(args) > 1 and callable(args[1]):
-        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
-    return None, None
-
-
-def _fingerprint(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    return {
-        name: (id(p), tuple(p.shape), p.device) for name, p in model.named_parameters()
-    }
-
-
-def _words(entry: tuple[Any, ...]) -> str:
-    return f"shape {entry[1]} on {entry[2]}"
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    # Iterating a DataLoader draws from torch's global generator even when it does not shuffle.
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)

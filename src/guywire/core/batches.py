@@ -131,6 +131,8 @@ def to(batch: Batch, device: torch.device) -> Batch:
         return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to(value, device) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(to(value, device) for value in batch)
     return batch

@@ -13,7 +13,6 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
-
 from torch import nn
 
 from guywire.core.errors import SelectionError
@@ -23,7 +22,7 @@ __all__ = ["Selection", "canonical", "named_parameters", "select", "unwrap"]
 Rule = str | type[nn.Module] | Callable[[str, nn.Parameter], bool]
 Selection = Rule | Iterable[Rule] | None
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -57,9 +56,7 @@ def canonical(name: str) -> str:
         >>> canonical("encoder._orig_mod.weight")
         'encoder.weight'
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -101,7 +98,7 @@ def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parame
     aliases = _aliases(inner)
     owners = _owners(inner) if any(isinstance(rule, type) for rule in rules) else {}
     wanted = [r for r in rules if not _negated(r)]
-    unwanted = [r[1:] for r in rules if _negated(r)]
+    unwanted = [r[1:] for r in rules if isinstance(r, str) and _negated(r)]
 
     def hit(rule: Rule, names: list[str], p: nn.Parameter) -> bool:
         if isinstance(rule, str):
@@ -135,7 +132,9 @@ def _rules(selection: Selection) -> list[Rule]:
     else:
         rules = list(selection)
         if not rules:
-            raise SelectionError("the selection is an empty list: name parameters, or use None for all")
+            raise SelectionError(
+                "the selection is an empty list: name parameters, or use None for all"
+            )
     for rule in rules:
         fine = isinstance(rule, str) or (
             issubclass(rule, nn.Module) if isinstance(rule, type) else callable(rule)
@@ -205,5 +204,3 @@ def _close(parts: list[str], names: list[str]) -> list[str]:
         word for part in parts for word in difflib.get_close_matches(part, words, 2, 0.6)
     )
     return [name for word in hits for name in words[word]]
-
-

@@ -23,15 +23,17 @@ __all__ = [
     "clone",
     "distance",
     "local",
+    "place_like",
     "pull_towards",
     "reduce_shards",
     "shrink_towards",
-    ]
+]
 
 Tensors = dict[str, Tensor]
 
 # Elements a block: 64 Ki floats and a buffer of the same size stay in a core's second-level cache.
 _BLOCK = 1 << 16
+
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, detached: a DTensor's shard, or the tensor itself.
@@ -59,6 +61,29 @@ def clone(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     copy = tensor.detach().clone()
     return copy if dtype is None else copy.to(dtype)
+
+
+def place_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor on the device, and sharded over processes, as another one is.
+
+    Nothing is communicated: every process must hold the whole of a tensor that gets sharded.
+
+    Args:
+        tensor: an ordinary tensor of the whole shape, or a ``DTensor``.
+        like: what to follow.
+
+    Returns:
+        The tensor itself where it is in place already, else a copy of it, or of a part.
+    """
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None or hasattr(tensor, "device_mesh"):
+        return tensor if tensor.device == like.device else tensor.to(like.device)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * mesh.ndim
+    whole = DTensor.from_local(tensor.to(like.device), mesh, everywhere, run_check=False)
+    placements = like.placements  # pyright: ignore[reportAttributeAccessIssue]
+    return whole.redistribute(mesh, placements)
 
 
 def add_pull(
@@ -113,6 +138,10 @@ def pull_towards(
         rates: one number a tensor.
         precisions: local weights; ``None`` stands for one everywhere.
     """
+    if precisions is None and all(anchor is None for anchor in anchors):
+        for p, r in zip(params, rates, strict=True):
+            p.mul_(1.0 - r)  # bit for bit what AdamW's decay does
+        return
     for r, p, d, f in _differences(params, params, anchors, rates, precisions):
         _add_product(p, d, f, -r)
 
@@ -185,7 +214,9 @@ def reduce_shards(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
     return plain
 
 
-def _add_product(target: Tensor, difference: Tensor, precision: Tensor | None, scale: float) -> None:
+def _add_product(
+    target: Tensor, difference: Tensor, precision: Tensor | None, scale: float
+) -> None:
     if precision is None:
         target.add_(difference, alpha=scale)
     elif target.dtype == difference.dtype == precision.dtype:
@@ -236,19 +267,25 @@ def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         # The same dense layout in another order of dimensions, such as channels_last.
         flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     else:
-        for rows in zip(*(_rows(t, first.shape[0]) for t in tensors), strict=True):
-            yield from _blocks(*rows)
+        # Layouts differ: whole rows together where they are short, else row by row.
+        rows = _BLOCK // (first.numel() // first.shape[0])
+        if rows:
+            yield from _split(tensors, first.shape[0], rows)
+            return
+        for row in range(first.shape[0]):
+            yield from _blocks(*(None if t is None else t[row] for t in tensors))
         return
-    count = -(-first.numel() // _BLOCK)
-    pieces = [[None] * count if t is None else t.split(_BLOCK) for t in flat]
-    yield from zip(*pieces, strict=True)
+    yield from _split(flat, first.numel(), _BLOCK)
 
 
-def _rows(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if tensor is None else tensor.unbind(0)
+def _split(
+    tensors: Sequence[Tensor | None], length: int, size: int
+) -> Iterator[tuple[Tensor | None, ...]]:
+    count = -(-length // size)
+    pieces = [[None] * count if t is None else t.split(size) for t in tensors]
+    return zip(*pieces, strict=True)
 
 
 def _dense(tensor: Tensor) -> bool:
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()
-

@@ -47,7 +47,9 @@ class Binding:
             strength_at(value, 0)
             matched = selection.select(model, glob).keys() & params.keys()
             if not matched:
-                raise SelectionError(f"the strength for {glob!r} lies outside the selection {select!r}")
+                raise SelectionError(
+                    f"the strength for {glob!r} lies outside the selection {select!r}"
+                )
             chosen = dict.fromkeys(matched, value) | chosen
         self.params = {name: p for name, p in params.items() if name in chosen}
         self.strengths = chosen
@@ -96,6 +98,7 @@ class Binding:
             if (anchors is None or name in anchors)
             and (strength := self.strength(name)) > 0.0
             and step.owns(p)
+            and p.requires_grad
         ]
         params = [tensors.local(p) for _, p, _ in rows]
         held = [None if anchors is None else tensors.local(anchors[n]) for n, _, _ in rows]
@@ -166,9 +169,8 @@ def anchors_at_setup(
                 f"the anchor names {unknown[0]!r}, which is not among the selected parameters: "
                 "give anchors under the names of named_parameters()"
             )
-        given = {n: tensors.clone(t, dtype).to(params[n].device) for n, t in anchor.items()}
-        check_shapes(params, given, "the given anchor")
-        return given
+        check_shapes(params, anchor, "the given anchor")
+        return like({n: t if dtype is None else t.to(dtype) for n, t in anchor.items()}, params)
     if anchor not in ("previous", "initial", "zero"):
         raise UsageError(
             f"anchor={anchor!r} is none of 'previous', 'initial', 'zero' or a mapping of tensors"
@@ -183,10 +185,10 @@ def anchors_at_setup(
             "make a new one"
         )
     check_shapes(params, learnt, "the anchor")
-    return learnt
+    return {n: tensors.place_like(t, params[n]) if n in params else t for n, t in learnt.items()}
 
 
-def check_shapes(params: Mapping[str, nn.Parameter], held: Tensors, what: str) -> None:
+def check_shapes(params: Mapping[str, nn.Parameter], held: Mapping[str, Tensor], what: str) -> None:
     """Refuse tensors that do not fit the parameters they belong to.
 
     Args:
@@ -205,8 +207,8 @@ def check_shapes(params: Mapping[str, nn.Parameter], held: Tensors, what: str) -
             )
 
 
-def like(saved: Tensors, params: Mapping[str, nn.Parameter]) -> Tensors:
-    """Copy saved tensors to the devices of the parameters they belong to.
+def like(saved: Mapping[str, Tensor], params: Mapping[str, nn.Parameter]) -> Tensors:
+    """Copy saved tensors to the devices, and the shards, of the parameters they belong to.
 
     Args:
         saved: names to tensors.
@@ -216,7 +218,9 @@ def like(saved: Tensors, params: Mapping[str, nn.Parameter]) -> Tensors:
         Copies.
     """
     return {
-        name: tensors.clone(t).to(params[name].device) if name in params else tensors.clone(t)
+        name: tensors.place_like(tensors.clone(t), params[name])
+        if name in params
+        else tensors.clone(t)
         for name, t in saved.items()
     }
 

@@ -171,7 +171,12 @@ class EWC(Regularizer):
             raise UsageError(f"normalise={self.normalise!r} is neither 'mean' nor None")
         self._binding.bind(model, self.select, self.strength)
         if self.mean_:
-            _anchored.anchors_at_setup(self._binding.params, "previous", self.mean_, None)
+            params = self._binding.params
+            self.mean_ = _anchored.anchors_at_setup(params, "previous", self.mean_, None) or {}
+            self.precision_ = {
+                name: tensors.place_like(f, params[name]) if name in params else f
+                for name, f in self.precision_.items()
+            }
 
     def before_step(self, step: Step) -> None:
         """Pull.
@@ -179,9 +184,7 @@ class EWC(Regularizer):
         Args:
             step: the step that is about to happen.
         """
-        self._binding.apply(
-            step, self.mean_, self.precision_, factor=2.0, decoupled=self.decoupled
-        )
+        self._binding.apply(step, self.mean_, self.precision_, factor=2.0, decoupled=self.decoupled)
 
     def penalty(self) -> Tensor | None:
         """Return ``strength * sum precision * (theta - mean)^2``.
@@ -212,7 +215,7 @@ class EWC(Regularizer):
             data,
             labels=self.labels,
             unit=self.unit,
-            select=list(params),
+            select=lambda name, _: name in params,
             generator=generator,
         )
         _finite(importances)
@@ -257,6 +260,7 @@ class EWC(Regularizer):
         """
         params = self._binding.params
         _anchored.check_shapes(params, state["mean"], "the saved anchor")
+        _anchored.check_shapes(params, state["precision"], "the saved importance")
         self.mean_ = _anchored.like(state["mean"], params)
         self.precision_ = _anchored.like(state["precision"], params)
         self.tasks_ = int(state["tasks"])
@@ -272,7 +276,9 @@ def _finite(importances: Tensors) -> None:
 
 
 def _mean(importances: Tensors) -> float:
-    total = tensors.reduce_shards((f, tensors.local(f).double().sum()) for f in importances.values())
+    total = tensors.reduce_shards(
+        (f, tensors.local(f).double().sum()) for f in importances.values()
+    )
     mean = 0.0 if total is None else float(total) / sum(f.numel() for f in importances.values())
     if mean <= 0.0:
         raise UsageError("all importances are zero: normalise='mean' has nothing to scale")

@@ -78,7 +78,9 @@ class L1(Regularizer):
     """
 
     slug: ClassVar[str] = ""
-    title: ClassVar[str] = "Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L1 form)"
+    title: ClassVar[str] = (
+        "Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L1 form)"
+    )
     arxiv: ClassVar[str] = "1802.01483"
     place: ClassVar[str] = "step"
     memory: ClassVar[str] = "1"
@@ -95,7 +97,7 @@ class L1(Regularizer):
     ) -> None:
         self.strength = strength
         self.select = select
-        self.anchor = anchor
+        self.anchor: _anchored.Anchor = anchor
         self.decoupled = decoupled
         self.anchor_dtype = anchor_dtype
         self.anchors_: Tensors | None = None

@@ -97,7 +97,7 @@ class L2(Regularizer):
     ) -> None:
         self.strength = strength
         self.select = select
-        self.anchor = anchor
+        self.anchor: _anchored.Anchor = anchor
         self.decoupled = decoupled
         self.anchor_dtype = anchor_dtype
         self.anchors_: Tensors | None = None

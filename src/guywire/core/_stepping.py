@@ -1,0 +1,92 @@
+"""What attaching needs to know about optimisers, frames and FSDP2."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Fingerprint = dict[str, tuple[Any, ...]]
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return the optimiser inside Accelerate's, Lightning's and other wrappers."""
+    # Accelerate's and Lightning's wrappers, and ZeRO-style ones, keep the real one inside.
+    for _ in range(8):
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner
+    return optimizer
+
+
+def find_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the closure that a step got, and how to put another in its place."""
+    # args[0] is the optimiser itself.
+    if kwargs.get("closure") is not None:
+        return kwargs["closure"], lambda new: (args, {**kwargs, "closure": new})
+    if len(args) > 1 and callable(args[1]):
+        return args[1], lambda new: ((args[0], new, *args[2:]), kwargs)
+    return None, None
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Return what must not change between steps: identity, shape and device by name."""
+    return {name: (id(p), tuple(p.shape), p.device) for name, p in model.named_parameters()}
+
+
+def change(known: Fingerprint, now: Fingerprint) -> str:
+    """Say in words what happened to the first parameter that changed."""
+    for name in sorted(known.keys() | now.keys()):
+        was, new = known.get(name), now.get(name)
+        if was == new:
+            continue
+        if was is None:
+            return f"parameter {name!r} appeared"
+        if new is None:
+            return f"parameter {name!r} vanished"
+        if was[1:] == new[1:]:
+            return f"parameter {name!r} was replaced by another tensor"
+        before, after = (f"shape {shape} on {device}" for _, shape, device in (was, new))
+        return f"parameter {name!r} changed from {before} to {after}"
+    return "nothing changed"
+
+
+def reshard(model: nn.Module) -> None:
+    """Bring FSDP2's parameters back to their shards."""
+    # After a forward pass without a backward one, FSDP2 leaves the root module's parameters whole;
+    # the optimiser holds the shards.
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None and hasattr(module, "set_requires_gradient_sync"):
+            reshard()
+
+
+def is_above(frame: FrameType, below: FrameType | None) -> bool:
+    """Tell whether one frame is among the callers of another, or is it."""
+    while below is not None:
+        if below is frame:
+            return True
+        below = below.f_back
+    return False
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave the global random states as they were."""
+    # Iterating a DataLoader draws from torch's global generator even when it does not shuffle.
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    on_cpu = device.type == "cpu"
+    devices = [] if on_cpu else [device]
+    try:
+        with torch.random.fork_rng(devices, device_type="cuda" if on_cpu else device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
