@@ -1,0 +1,260 @@
+"""``guywire study``: run a paper's claim in miniature, and say what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from guywire.core.errors import GuywireError, UsageError
+
+__all__ = ["register", "study"]
+
+_COLOURS = {
+    "reproduced": "green",
+    "not reproduced": "red",
+    "inconclusive": "yellow",
+    "smoke": "cyan",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application.
+
+    Args:
+        app: the application.
+    """
+    app.command("study")(study)
+
+
+def study(
+    slugs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SLUG]...", help="Studies, or Python files that define STUDY."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All studies.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Seconds instead of minutes; claims nothing.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes, one thread each; one a core.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of results.")] = Path("studies"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute again what is known already.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the gallery of all results in the folder.")
+    ] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Say what studies there are.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Your own data, where the study takes them.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Your own model, e.g. hf:t5-small.")
+    ] = None,
+    source_column: Annotated[
+        str | None, typer.Option("--source-column", help="Of --data: what is read.")
+    ] = None,
+    target_column: Annotated[
+        str | None, typer.Option("--target-column", help="Of --data: what is written.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option("--group-column", help="Of --data: patient; never split.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; may be repeated."),
+    ] = None,
+) -> None:
+    """Run a paper's claim in miniature: what it says, what came out, the verdict."""
+    from guywire.lab.studies import STUDIES
+
+    if listing:
+        _print_list(as_json)
+        return
+    names = list(slugs or [])
+    if everything:
+        names += [slug for slug in STUDIES if slug not in names]
+    if not names and not report:
+        raise UsageError(f"name a study, or --all: there are {', '.join(STUDIES)}")
+    flags = {
+        "data": data,
+        "model": model,
+        "source_column": source_column,
+        "target_column": target_column,
+        "group_column": group_column,
+    }
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    overrides |= dict(_assignment(text) for text in settings or ())
+
+    results, broken = _run(
+        names,
+        out,
+        smoke=smoke,
+        seeds=seeds,
+        overrides=overrides,
+        workers=workers,
+        fresh=fresh,
+        quiet=as_json,
+    )
+    document: dict[str, Any] = {"studies": results, "failed": broken}
+    if report:
+        from guywire.lab.report import gallery
+
+        document["gallery"] = str(gallery.write(out))
+        if not as_json:
+            typer.echo(f"gallery: {document['gallery']}")
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    if broken or not all(check["holds"] for r in results for check in r["checks"]):
+        raise typer.Exit(1)
+
+
+def _run(
+    names: list[str], out: Path, *, quiet: bool, **arguments: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Run the studies one after another; one that fails does not keep the others from running."""
+    from guywire.lab.studies import load
+    from guywire.lab.studies.runner import resolve, run_study
+
+    for name in names:  # refuse wrong words before anything runs
+        resolve(load(name), smoke=arguments["smoke"], overrides=arguments["overrides"])
+    results, broken = [], []
+    for name in names:
+        try:
+            with _Progress(name) as progress:
+                result = run_study(name, out, progress=progress, **arguments)
+        except UsageError:
+            raise
+        except GuywireError as error:
+            if len(names) == 1:
+                raise
+            broken.append({"study": name, "error": str(error)})
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        results.append(_plain(result))
+        if not quiet:
+            _print_result(result)
+    return results, broken
+
+
+class _Progress:
+    """A bar on standard error: units done of those known so far."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
+
+        self._bar = Progress(
+            TextColumn("{task.fields[title]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            Elapsed(),
+            TextColumn("{task.description}"),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", title=Path(title).stem, total=None)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, known: int, text: str) -> None:
+        self._bar.update(self._task, completed=done, total=known, description=text[:60])
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise UsageError(f"--set {text!r}: write KEY=VALUE")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value  # a bare word is a string
+
+
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    keep = ("slug", "title", "size", "claims", "checks", "choices", "cost", "seeds", "folder")
+    return {key: result[key] for key in keep}
+
+
+def _print_list(as_json: bool) -> None:
+    from guywire.lab.studies import STUDIES, load
+
+    entries = [
+        {
+            "slug": slug,
+            "title": (found := load(slug)).title,
+            "paper": found.paper,
+            "claims": [{"name": c.name, "says": c.says, "rule": c.rule} for c in found.claims],
+            "seeds": found.seeds,
+            "minutes": found.minutes,
+        }
+        for slug in STUDIES
+    ]
+    if as_json:
+        typer.echo(json.dumps({"studies": entries}, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for entry in entries:
+        minutes = f"about {entry['minutes']:g} min on two cores, {entry['seeds']} seeds"
+        console.print(Text.assemble((entry["slug"], "bold"), "  ", (minutes, "dim")))
+        console.print(Text(f"  {entry['title']} ({entry['paper']})"))
+        for claim in entry["claims"]:
+            console.print(Text(f"  {claim['name']}: {claim['says']}"))
+        console.print()
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    cost = result["cost"]
+    table = Table(title=f"{result['slug']} ({result['size']})", title_justify="left", expand=False)
+    table.add_column("claim")
+    table.add_column("the paper says")
+    table.add_column("verdict")
+    table.add_column("the numbers allow")
+    for claim in result["claims"]:
+        verdict = Text(claim["verdict"], style=_COLOURS[claim["verdict"]])
+        table.add_row(claim["name"], Text(claim["says"]), verdict, Text(claim["allows"]))
+    console.print(table)
+    for check in result["checks"]:
+        mark = (
+            Text("holds  ", style="green") if check["holds"] else Text("FAILS  ", style="bold red")
+        )
+        console.print(mark + Text(check["says"]))
+    for choice in result["choices"]:
+        edge = (
+            " (still at the edge of its grid)"
+            if choice["on_edge"] and not choice["plateau"]
+            else ""
+        )
+        tried = ", ".join(f"{value:g}" for value in choice["grid"])
+        console.print(
+            Text(f"chose {choice['best']:g} for {choice['name']} of {tried}{edge}", "dim")
+        )
+    console.print(
+        Text(
+            f"{len(result['seeds'])} seeds, {cost['units']} units, {cost['wall_seconds']:.0f} s, "
+            f"{cost['peak_memory_mb']:.0f} MB a process; result in {result['folder']}",
+            "dim",
+        )
+    )
