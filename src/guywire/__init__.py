@@ -1,9 +1,10 @@
 """Guywire: hold the parameters of neural networks near where they belong."""
 
-from guywire import curvature
+from guywire import curvature, diagnostics
 from guywire.core import schedules
 from guywire.core.attach import Wires, attach
 from guywire.core.errors import GuywireError
+from guywire.core.losses import masked_cross_entropy, sigmoid_cross_entropy
 from guywire.core.regularizer import Regularizer
 from guywire.core.selection import select
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
@@ -19,9 +20,12 @@ __all__ = [
     "Wires",
     "attach",
     "curvature",
+    "diagnostics",
     "ewc_penalty",
     "l1_penalty",
     "l2_penalty",
+    "masked_cross_entropy",
     "schedules",
     "select",
+    "sigmoid_cross_entropy",
 ]
