@@ -7,6 +7,12 @@ from guywire.core.errors import GuywireError
 from guywire.core.losses import masked_cross_entropy, sigmoid_cross_entropy
 from guywire.core.regularizer import Regularizer
 from guywire.core.selection import select
+from guywire.methods.distillation import (
+    FeatureDistillation,
+    PredictionDistillation,
+    feature_distillation_loss,
+    prediction_distillation_loss,
+)
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
 
 __version__ = "0.1.0"
@@ -15,16 +21,20 @@ __all__ = [
     "EWC",
     "L1",
     "L2",
+    "FeatureDistillation",
     "GuywireError",
+    "PredictionDistillation",
     "Regularizer",
     "Wires",
     "attach",
     "curvature",
     "diagnostics",
     "ewc_penalty",
+    "feature_distillation_loss",
     "l1_penalty",
     "l2_penalty",
     "masked_cross_entropy",
+    "prediction_distillation_loss",
     "schedules",
     "select",
     "sigmoid_cross_entropy",
