@@ -14,23 +14,27 @@ from guywire.methods.distillation import (
     prediction_distillation_loss,
 )
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
+from guywire.methods.rehearsal import GEM, Replay, gem_project
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EWC",
+    "GEM",
     "L1",
     "L2",
     "FeatureDistillation",
     "GuywireError",
     "PredictionDistillation",
     "Regularizer",
+    "Replay",
     "Wires",
     "attach",
     "curvature",
     "diagnostics",
     "ewc_penalty",
     "feature_distillation_loss",
+    "gem_project",
     "l1_penalty",
     "l2_penalty",
     "masked_cross_entropy",

@@ -11,7 +11,6 @@ from guywire.diagnostics.forgetting import (
 from guywire.diagnostics.gradients import GradientSplit, gradient_split
 from guywire.diagnostics.monitor import ContinualMonitor, Observation
 from guywire.diagnostics.stability import (
-    StabilityTracker,
     end_forgetting,
     learning_curve_area,
     min_acc,
@@ -19,6 +18,7 @@ from guywire.diagnostics.stability import (
     windowed_forgetting,
     windowed_plasticity,
 )
+from guywire.diagnostics.tracker import StabilityTracker
 
 __all__ = [
     "ContinualMonitor",

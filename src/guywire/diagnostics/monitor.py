@@ -25,7 +25,7 @@ from guywire.core.errors import CheckpointError, UsageError
 from guywire.core.selection import unwrap
 from guywire.diagnostics._evaluation import EvaluationSets, Forward, Score
 from guywire.diagnostics._schedule import Budget, Every
-from guywire.diagnostics.stability import StabilityTracker
+from guywire.diagnostics.tracker import StabilityTracker
 
 __all__ = ["ContinualMonitor", "Observation"]
 
