@@ -1,0 +1,391 @@
+"""The settings of a comparison and of one trial: pydantic models, TOML in and out.
+
+Unknown keys and ill-typed values are one sentence that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from guywire.core.errors import DataError, UsageError, need
+from guywire.lab.streams import StreamConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "CompareConfig",
+    "EvaluationConfig",
+    "Training",
+    "TrialSpec",
+    "differences",
+    "merge",
+    "nearest",
+    "parse",
+    "read_toml",
+    "to_toml",
+]
+
+DEFAULT_METHODS = ("finetune", "l2", "ewc", "lwf", "feature-distillation", "replay", "joint")
+
+M = TypeVar("M", bound=BaseModel)
+Options = dict[str, Any]
+
+
+class EvaluationConfig(BaseModel):
+    """Per-iteration evaluation, a diagnostic on fixed parts of the test sets of the tasks seen.
+
+    It never influences training or the choice of anything. When to evaluate is decided by counting
+    samples, not by the clock, so that it is the same on every machine.
+
+    Attributes:
+        enabled: evaluate between task ends at all.
+        every: steps between evaluations, or ``auto``: at every step for ``dense`` steps after a
+            task begins, then so rarely that ``share`` is kept.
+        dense: steps after the begin of a task in which ``auto`` evaluates at every step.
+        share: of a task's cost that ``auto`` may spend after the dense steps, a sample forward
+            counting as a third of a training sample.
+        subset: test samples of each task.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    every: int | Literal["auto"] = Field(default="auto")
+    dense: int = Field(default=30, ge=0)
+    share: float = Field(default=0.1, gt=0.0, le=1.0)
+    subset: int = Field(default=100, ge=1)
+
+    @field_validator("every")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 'auto' or at least 1")
+        return value
+
+
+class CheckpointConfig(BaseModel):
+    """When a trial's state is saved, besides at every task's end.
+
+    Attributes:
+        steps: after so many steps; ``None`` goes by the clock alone.
+        seconds: after so many seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(default=None, ge=1)
+    seconds: float = Field(default=30.0, gt=0.0)
+
+
+class Training(BaseModel):
+    """How every trial of a comparison is trained.
+
+    Attributes:
+        epochs: passes over each task's training data.
+        batch_size: samples a step.
+        lr: learning rate; ``None`` is a usual one for the optimiser and the model.
+        optimizer: ``sgd``, ``adam`` or ``adamw``; a fresh one for every task. ``None`` is ``sgd``
+            for models that start at random and ``adamw`` for pretrained ones.
+        momentum: of ``sgd``.
+        weight_decay: of the optimiser, towards zero.
+        loss: ``softmax`` over all classes seen so far (in the scenario ``task``: over the task's
+            classes); ``masked``: over the current task's classes only; ``sigmoid``: an independent
+            yes or no for every class, summed over classes.
+        threads: of torch in each trial. It may change results in the last digits.
+        evaluation: per-iteration evaluation.
+        checkpoint: when state is saved.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float | None = Field(default=None, gt=0.0)
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    loss: Literal["softmax", "masked", "sigmoid"] = "softmax"
+    threads: int = Field(default=1, ge=1)
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class TrialSpec(Training):
+    """One method, one seed: all that a trial depends on.
+
+    Attributes:
+        stream: the data.
+        model: the model's name.
+        method: the method's name.
+        options: settings of the method's parts: part to option to value.
+        seed: the number of the repetition.
+        run_seed: the seed of the whole comparison.
+    """
+
+    stream: StreamConfig = StreamConfig()
+    model: str = "mlp"
+    method: str = "finetune"
+    options: dict[str, Options] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0)
+    run_seed: int = Field(default=0, ge=0)
+
+    @property
+    def id(self) -> str:
+        """The name of the trial and of its folder."""
+        return f"{self.method}-seed{self.seed}"
+
+
+class CompareConfig(Training):
+    """A comparison: methods times seeds on one stream of tasks.
+
+    Attributes:
+        stream: the data.
+        model: the model's name; ``None`` is a small one that suits the data.
+        methods: names; ``a+b`` combines two.
+        options: settings of methods: name to option to value. A table with the key ``method`` makes
+            a new name: ``options.strong-ewc = {method = "ewc", strength = 1e4}``.
+        seeds: repetitions: so many, or which.
+        seed: of the whole comparison.
+        workers: processes; 0 runs all in this one, ``None`` takes one a CPU core.
+        out: the run's folder; ``None`` makes one in ``runs``.
+
+    Example:
+        >>> CompareConfig(methods=("finetune", "ewc"), seeds=3).seed_list
+        (0, 1, 2)
+    """
+
+    stream: StreamConfig = StreamConfig()
+    model: str | None = None
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    options: dict[str, Options] = Field(default_factory=dict)
+    seeds: int | tuple[int, ...] = 3
+    seed: int = Field(default=0, ge=0)
+    workers: int | None = Field(default=None, ge=0)
+    out: str | None = None
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ValueError("must name at least one method")
+            if len(set(map(str, value))) < len(value):
+                twice = next(v for v in value if list(value).count(v) > 1)
+                raise ValueError(f"names {twice!r} twice")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(value, int):
+            if value < 1:
+                raise ValueError("must be at least 1")
+        elif not value or min(value) < 0 or len(set(value)) < len(value):
+            raise ValueError("must be different numbers of at least 0")
+        return value
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The numbers of the repetitions."""
+        return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
+
+    def trials(self) -> list[TrialSpec]:
+        """Return the trials, all methods of the first seed first.
+
+        Returns:
+            One spec a method and seed; ``model`` must be resolved.
+        """
+        shared = {name: getattr(self, name) for name in Training.model_fields}
+        return [
+            TrialSpec(
+                **shared,
+                stream=self.stream,
+                model=self.model or "mlp",
+                method=method,
+                options=self.options,
+                seed=seed,
+                run_seed=self.seed,
+            )
+            for seed in self.seed_list
+            for method in self.methods
+        ]
+
+
+def parse(model: type[M], values: Mapping[str, Any], where: str = "") -> M:
+    """Build a settings model, turning whatever is wrong into one sentence.
+
+    Args:
+        model: the pydantic model.
+        values: keys to values, nested.
+        where: where they come from, for the message.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: an unknown key (with the nearest known one), or a value of the wrong kind.
+
+    Example:
+        >>> parse(CompareConfig, {"epoch": 3})
+        Traceback (most recent call last):
+            ...
+        guywire.core.errors.UsageError: unknown key 'epoch': did you mean 'epochs'?
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(_sentence(model, first, where)) from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tables.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: it is not TOML.
+    """
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no config file {path}: check the path") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not TOML ({error}): correct that line") from error
+
+
+def to_toml(config: BaseModel) -> str:
+    """Write settings as TOML that reads back to the same settings; ``None`` is left out.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The text.
+
+    Raises:
+        MissingExtraError: tomli-w is not installed.
+    """
+    return need("tomli_w", extra="cli").dumps(_without_none(config.model_dump(mode="json")))
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay tables over each other; a later one wins, key by key, into nested tables.
+
+    Args:
+        layers: from the weakest to the strongest.
+
+    Returns:
+        A new table.
+
+    Example:
+        >>> merge({"a": 1, "t": {"x": 1, "y": 2}}, {"t": {"x": 3}})
+        {'a': 1, 't': {'x': 3, 'y': 2}}
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = merged.get(key)
+            both = isinstance(old, Mapping) and isinstance(value, Mapping)
+            merged[key] = merge(old, value) if both else value  # pyright: ignore[reportArgumentType]
+    return merged
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys in which two nested tables differ.
+
+    Args:
+        old: one table.
+        new: the other.
+        prefix: before every key.
+
+    Returns:
+        The keys, sorted.
+
+    Example:
+        >>> differences({"a": 1, "t": {"x": 1}}, {"a": 1, "t": {"x": 2}})
+        ['t.x']
+    """
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name is nearest to an unknown one.
+
+    Args:
+        name: the unknown name.
+        known: the known ones.
+
+    Returns:
+        ``did you mean 'x'?``, or a list of what there is.
+    """
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(options)}"
+
+
+def _sentence(model: type[BaseModel], error: Any, where: str) -> str:
+    path = [str(part) for part in error["loc"]]
+    prefix = f"{where}: " if where else ""
+    if error["type"] == "extra_forbidden":
+        *parents, key = path
+        home = model
+        for parent in parents:
+            home = _nested(home, parent) or home
+        inside = f" in [{'.'.join(parents)}]" if parents else ""
+        return f"{prefix}unknown key {key!r}{inside}: {nearest(key, home.model_fields)}"
+    # A union reports each branch; its branch names are no keys.
+    keys = _keys(model, path)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{prefix}{'.'.join(keys)} = {error['input']!r}: {message}"
+
+
+def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    keys: list[str] = []
+    home: type[BaseModel] | None = model
+    for part in path:
+        if home is not None and part in home.model_fields:
+            keys.append(part)
+            home = _nested(home, part)
+        elif home is None and not keys:
+            break
+    return keys or path[:1]
+
+
+def _nested(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+    annotation = model.model_fields[field].annotation if field in model.model_fields else None
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value

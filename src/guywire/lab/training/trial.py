@@ -1,0 +1,539 @@
+"""One trial: one method, one seed, all tasks of a stream; stopped at any moment, it goes on.
+
+A trial is a pure function of its spec. What it needs to go on (weights, optimiser, what the
+regularizers learnt, random states, curves, the position within the epoch's permutation) lies in one
+file that is replaced atomically, so a kill at any moment costs time and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import guywire
+from guywire.core import batches, checkpoint
+from guywire.core.attach import Wires
+from guywire.core.errors import CheckpointError, DataError, NonFiniteError
+from guywire.lab import models, streams
+from guywire.lab.streams import Split, Stream
+from guywire.lab.training import arms, evaluate, optimizers
+from guywire.lab.training.config import TrialSpec
+from guywire.lab.training.criterion import Criterion
+from guywire.lab.training.seeding import generator, seed_of
+
+__all__ = ["Trial", "deterministic", "run_trial", "weights_hash"]
+
+_STATE = "state.safetensors"
+_PROGRESS_SECONDS = 0.5
+_MB = 1e6
+
+
+def run_trial(
+    spec: TrialSpec, directory: Path, resume: bool = False, stream: Stream | None = None
+) -> dict[str, Any]:
+    """Train and evaluate one method with one seed.
+
+    Args:
+        spec: all that the trial depends on.
+        directory: its folder: ``state.safetensors``, ``progress.json``, ``metrics.parquet`` and,
+            at the end, ``result.json``.
+        resume: go on from the state in the folder, if there is one; a finished trial is read.
+        stream: what ``spec.stream`` describes, prepared for the model, if it is loaded already.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        NonFiniteError: the loss became NaN or infinite; the last good state is kept.
+        CheckpointError: the state is damaged or of another trial, or a file cannot be written.
+        DataError: the data cannot be read, or a task has no samples.
+        UsageError: the spec makes no sense.
+
+    Example:
+        >>> import tempfile
+        >>> spec = TrialSpec(epochs=1, evaluation={"enabled": False})
+        >>> result = run_trial(spec, Path(tempfile.mkdtemp()) / spec.id)
+        >>> len(result["accuracy_matrix"]), result["steps"] > 0
+        (5, True)
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    finished = directory / "result.json"
+    if resume and finished.is_file():
+        import json
+
+        return json.loads(finished.read_text(encoding="utf-8"))
+    for leftover in directory.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+    if stream is None:
+        stream = models.prepare(spec.model, streams.load(spec.stream))
+    with deterministic(spec.threads), torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed_of(spec.run_seed, spec.id, "dropout"))
+        trial = Trial(spec, directory, stream)
+        if resume and (directory / _STATE).is_file():
+            trial.restore(checkpoint.load(directory / _STATE))
+        return trial.run()
+
+
+@contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Make torch's results repeatable within the context.
+
+    Args:
+        threads: of torch; sums over several threads differ in the last digits.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if before[0] != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+        if before[0] != threads:
+            torch.set_num_threads(before[0])
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Return a hash of every parameter and buffer of a model, bit for bit.
+
+    Args:
+        model: any module.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass
+class Position:
+    """Where a trial stands.
+
+    Attributes:
+        task: being trained; the number of tasks when all are done.
+        epoch: within the task.
+        batch: batches done within the epoch.
+        step: optimiser steps done in all.
+    """
+
+    task: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+@dataclass
+class Record:
+    """What a trial has measured so far."""
+
+    losses: list[float] = field(default_factory=list)
+    loss_tasks: list[int] = field(default_factory=list)
+    matrix: list[list[float | None]] = field(default_factory=list)
+    pooled: float = math.nan
+    extra_memory: int = 0
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+
+
+class Trial:
+    """The state of one trial and its loop.
+
+    Args:
+        spec: all that it depends on.
+        directory: where its files go; must exist.
+        stream: prepared for the model.
+    """
+
+    def __init__(self, spec: TrialSpec, directory: Path, stream: Stream) -> None:
+        self.spec = spec
+        self.directory = directory
+        self.stream = stream
+        self.model = models.build(spec.model, stream, self._generator("init"))
+        self.criterion = Criterion(stream, spec.loss)
+        self.arm = arms.build(spec, self.criterion)
+        self.criterion.suit(joint=self.arm.joint, distilled=arms.distils_by_sigmoid(self.arm))
+        self.steps = [
+            spec.epochs * math.ceil(len(self._train_split(t)) / spec.batch_size)
+            for t in range(len(stream.tasks))
+        ]
+        self._check_data()
+        self.position = Position()
+        self.record = Record()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.wires: Wires | None = None
+        self._grow(0)
+        self.monitor = evaluate.monitor(
+            self.model,
+            stream,
+            spec.evaluation,
+            steps=self.steps,
+            batch_size=spec.batch_size,
+            seed_parts=(spec.run_seed, spec.seed),
+        )
+        self._begun = False
+        self._watched_before = 0.0
+        self._saved_at = self._shown_at = self._since = time.perf_counter()
+
+    def run(self) -> dict[str, Any]:
+        """Train on the tasks that are left, and write the results.
+
+        Returns:
+            The content of ``result.json``.
+        """
+        tasks = len(self.stream.tasks)
+        try:
+            while self.position.task < tasks:
+                task = self.position.task
+                if not self._begun:
+                    self._begin(task)
+                    self.save()
+                self._train(task)
+                self._end(task)
+            if self._begun or not (self.directory / _STATE).is_file():
+                self.save()
+        finally:
+            self._let_go()
+        return self._write_results()
+
+    def save(self) -> None:
+        """Write everything needed to go on.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite: such a state would be no good one.
+            CheckpointError: the file cannot be written.
+        """
+        self._clock()
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"{self.spec.id}: {name!r} is NaN or infinite after step {self.position.step}: "
+                    f"{_REMEDY}; the last good state is in {self.directory / _STATE}"
+                )
+        p, r = self.position, self.record
+        checkpoint.save(
+            self.directory / _STATE,
+            {
+                "spec": _identity(self.spec),
+                "position": [p.task, p.epoch, p.batch, p.step],
+                "begun": self._begun,
+                "model": self.model.state_dict(),
+                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
+                "wires": None if self.wires is None else self.wires.state_dict(),
+                "random": torch.random.default_generator.get_state(),
+                "monitor": None if self.monitor is None else self.monitor.state_dict(),
+                "losses": torch.tensor(r.losses, dtype=torch.float64),
+                "loss_tasks": torch.tensor(r.loss_tasks, dtype=torch.int32),
+                "matrix": r.matrix,
+                "pooled": r.pooled,
+                "extra_memory": r.extra_memory,
+                "seconds": r.seconds,
+                "evaluation_seconds": r.evaluation_seconds,
+            },
+        )
+        self._saved_at = self._since = time.perf_counter()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what ``save`` wrote.
+
+        Args:
+            state: the tree.
+
+        Raises:
+            CheckpointError: it is of another trial.
+        """
+        if state.get("spec") != _identity(self.spec):
+            raise CheckpointError(
+                f"{self.directory / _STATE} is of a trial with other settings: "
+                "resume with the run's own config.toml, or choose another folder"
+            )
+        self.position = Position(*state["position"])
+        for task in range(1, min(self.position.task, len(self.stream.tasks) - 1) + 1):
+            self._grow(task)
+        if state["begun"]:
+            self._attach(self.position.task)
+        self.model.load_state_dict(state["model"])
+        if self.optimizer is not None and self.wires is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.wires.load_state_dict(state["wires"])
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        self._begun = state["begun"]
+        self.record = Record(
+            losses=state["losses"].tolist(),
+            loss_tasks=state["loss_tasks"].tolist(),
+            matrix=state["matrix"],
+            pooled=state["pooled"],
+            extra_memory=state["extra_memory"],
+            seconds=state["seconds"],
+            evaluation_seconds=state["evaluation_seconds"],
+        )
+        torch.random.default_generator.set_state(state["random"])
+        self._since = time.perf_counter()
+
+    def _begin(self, task: int) -> None:
+        if task > 0:
+            self._grow(task)
+        self._attach(task)
+        self._begun = True
+        if self.monitor is not None:
+            self.monitor.begin_task(str(task), self.model)
+
+    def _grow(self, task: int) -> None:
+        new = [c for c in self.stream.tasks[task].classes if c >= self.model.classes]
+        if new:
+            self.model.grow(len(new), self._generator("head", task))
+
+    def _attach(self, task: int) -> None:
+        if self.arm.frozen and (task > 0 or optimizers.is_pretrained(self.spec.model)):
+            self.model.backbone.requires_grad_(False)
+        self._train_mode()
+        self.criterion.begin(task)
+        self.optimizer = optimizers.make(self.spec, self.model)
+        self.wires = guywire.attach(self.model, self.optimizer, self.arm.regularizers)
+
+    def _let_go(self) -> None:
+        if self.wires is not None:
+            self.wires.detach()
+        self.optimizer = self.wires = None
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if not all(p.requires_grad for p in self.model.backbone.parameters()):
+            self.model.backbone.eval()  # a frozen backbone keeps its running statistics, too
+
+    def _train(self, task: int) -> None:
+        split = self._train_split(task)
+        p = self.position
+        while p.epoch < self.spec.epochs:
+            order = self._generator("order", task, p.epoch)
+            found = self.stream.batches(split, self.spec.batch_size, order)
+            for batch in islice(found, p.batch, None):
+                self._step(batch, task)
+                p.batch += 1
+                self._after_step()
+            p.epoch, p.batch = p.epoch + 1, 0
+
+    def _step(self, batch: Any, task: int) -> None:
+        assert self.optimizer is not None
+        assert self.wires is not None
+        batch = batches.to(batch, batches.device_of(self.model))
+        self.optimizer.zero_grad()
+        outputs = batches.forward(self.model, batch)
+        loss = self.criterion(outputs, batch) + self.wires.loss(batch, outputs)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            p = self.position
+            raise NonFiniteError(
+                f"{self.spec.id}: the loss is {value} at step {p.step + 1} (task {task}, epoch "
+                f"{p.epoch}): {_REMEDY}; the last good state is in {self.directory / _STATE}"
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.record.losses.append(value)
+        self.record.loss_tasks.append(task)
+        self.position.step += 1
+        if self.monitor is not None:
+            self.monitor.step(self.model)
+
+    def _after_step(self) -> None:
+        now = time.perf_counter()
+        every = self.spec.checkpoint.steps
+        due = every is not None and self.position.step % every == 0
+        if due or now - self._saved_at > self.spec.checkpoint.seconds:
+            self.save()
+        if now - self._shown_at > _PROGRESS_SECONDS:
+            self._show()
+
+    def _end(self, task: int) -> None:
+        assert self.wires is not None
+        loader = self.stream.loader(self.stream.tasks[task].train, self.spec.batch_size)
+        with self._task_given(task):
+            self.wires.consolidate(loader)
+        self.record.extra_memory = max(self.record.extra_memory, self._extra_memory(task))
+        self._clock()
+        if self.monitor is not None:
+            self.monitor.end_task(self.model)
+        self._clock()
+        row, pooled = evaluate.matrix_row(self.model, self.stream, task)
+        self.record.matrix.append(row)
+        self.record.pooled = pooled
+        self._let_go()
+        self._since = time.perf_counter()
+        p = self.position
+        p.task, p.epoch, p.batch = task + 1, 0, 0
+        self._begun = False
+        self._show()
+
+    @contextmanager
+    def _task_given(self, task: int) -> Iterator[None]:
+        """Within, logits outside the task's classes count as impossible, if the task is given.
+
+        In the scenario ``task`` the model that is trained is p(y | x, task), and so is the one
+        whose Fisher information is asked for.
+        """
+        if self.stream.scenario != "task":
+            yield
+            return
+        outside = torch.ones(self.model.classes, dtype=torch.bool)
+        outside[list(self.stream.tasks[task].classes)] = False
+
+        def hide(module: Any, inputs: Any, outputs: Tensor) -> Tensor | None:
+            if module is not self.model:  # a teacher that was copied from it, hook and all
+                return None
+            # A finite number, for 0 * log 0 must be 0; its probability is exactly 0 all the same.
+            return outputs.masked_fill(outside.to(outputs.device), -1e4)
+
+        handle = self.model.register_forward_hook(hide)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _train_split(self, task: int) -> Split:
+        own = self.stream.tasks[task].train
+        if not self.arm.joint or task == 0:
+            return own
+        return self.stream.tasks[0].train.concat(t.train for t in self.stream.tasks[1 : task + 1])
+
+    def _extra_memory(self, task: int) -> int:
+        assert self.wires is not None
+        held = _bytes_in(self.wires.state_dict(), set())
+        if self.arm.joint:  # what it keeps is the data of the past
+            held += sum(_split_bytes(t.train) for t in self.stream.tasks[:task])
+        return held
+
+    def _generator(self, *purpose: str | int) -> torch.Generator:
+        # The first values and the order of samples are the same for every method of one seed, so
+        # that methods are compared pair by pair; what a method draws itself has its own seed.
+        return generator(self.spec.run_seed, self.spec.seed, *purpose)
+
+    def _check_data(self) -> None:
+        for index, task in enumerate(self.stream.tasks):
+            for part, split in (("train", task.train), ("test", task.test)):
+                if len(split) == 0:
+                    raise DataError(
+                        f"task {index} ({task.name!r}) has no {part} samples: use fewer tasks, "
+                        "more samples a class, or another data set"
+                    )
+                strange = set(split.labels.unique().tolist()) - set(task.classes)
+                if strange:
+                    raise DataError(
+                        f"task {index} ({task.name!r}) has {part} labels {sorted(strange)}, which lie "
+                        f"outside its classes {list(task.classes)}: correct the labels"
+                    )
+
+    def _clock(self) -> None:
+        """Book the time since the last booking: on training, or on looking."""
+        now = time.perf_counter()
+        watched = 0.0 if self.monitor is None else self.monitor.cost()["seconds"]
+        looked = watched - self._watched_before
+        self._watched_before = watched
+        self.record.evaluation_seconds += looked
+        self.record.seconds += max(0.0, now - self._since - looked)
+        self._since = now
+
+    def _show(self) -> None:
+        p = self.position
+        checkpoint.write_json(
+            self.directory / "progress.json",
+            {"step": p.step, "total": sum(self.steps), "task": p.task, "epoch": p.epoch},
+            durable=False,
+        )
+        self._shown_at = time.perf_counter()
+
+    def _write_results(self) -> dict[str, Any]:
+        r, spec = self.record, self.spec
+        columns = self._curves()
+        checkpoint.write_parquet(self.directory / "metrics.parquet", columns)
+        metrics = evaluate.summary(r.matrix, r.pooled, self.stream, self.monitor)
+        memory = r.extra_memory / _MB
+        metrics |= {"seconds": r.seconds, "extra_memory_mb": memory}
+        looked: dict[str, Any] = {"enabled": self.monitor is not None}
+        if self.monitor is not None:
+            cost = self.monitor.cost()
+            total = r.seconds + r.evaluation_seconds
+            looked |= {
+                "evaluations": len({o.step for o in self.monitor.curves()}),
+                "mean_gap": cost["mean_gap"],
+                "max_gap": cost["max_gap"],
+                "subset": [min(spec.evaluation.subset, len(t.test)) for t in self.stream.tasks],
+                "seconds": r.evaluation_seconds,
+                "share": r.evaluation_seconds / total if total > 0 else 0.0,
+            }
+        result = {
+            "method": spec.method,
+            "seed": spec.seed,
+            "accuracy_matrix": r.matrix,
+            "metrics": metrics,
+            "seconds": r.seconds,
+            "extra_memory_mb": memory,
+            "steps": self.position.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "weights_sha256": weights_hash(self.model),
+            "evaluation": looked,
+        }
+        checkpoint.write_json(self.directory / "result.json", result)
+        return result
+
+    def _curves(self) -> dict[str, list[Any]]:
+        r = self.record
+        rows: list[tuple[int, int, int, str, float]] = [
+            (i + 1, task, -1, "loss", value)
+            for i, (task, value) in enumerate(zip(r.loss_tasks, r.losses, strict=True))
+        ]
+        if self.monitor is not None:
+            rows += [
+                (o.step, int(o.task), int(o.evaluated), "accuracy", o.value)
+                for o in self.monitor.curves()
+            ]
+        names = ("step", "task", "evaluated", "metric", "value")
+        columns = zip(*rows, strict=True) if rows else ([] for _ in names)
+        return {name: list(column) for name, column in zip(names, columns, strict=True)}
+
+
+_REMEDY = "lower --lr or the method's strength"
+
+
+def _identity(spec: TrialSpec) -> str:
+    """What must be the same for a state to fit: everything but when states are saved."""
+    return hashlib.sha256(spec.model_dump_json(exclude={"checkpoint"}).encode()).hexdigest()
+
+
+def _bytes_in(tree: Any, seen: set[tuple[Any, ...]]) -> int:
+    if isinstance(tree, Tensor):
+        key = (tree.data_ptr(), tree.numel(), tree.dtype)
+        if key in seen:
+            return 0
+        seen.add(key)
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, dict):
+        return sum(_bytes_in(v, seen) for v in tree.values())
+    if isinstance(tree, list | tuple):
+        return sum(_bytes_in(v, seen) for v in tree)
+    return 0
+
+
+def _split_bytes(split: Split) -> int:
+    if isinstance(split.inputs, Tensor):
+        return split.inputs.numel() * split.inputs.element_size()
+    return sum(len(text.encode()) for text in split.inputs)
