@@ -1,0 +1,597 @@
+"""Listen to a model: hooks that see each layer's input and the gradient of its output.
+
+All parameters are frozen while this happens, so no weight gradient is computed. The first layer
+that matters starts the graph: its output is made to require a gradient (`_Root`), and from there on
+autograd carries output gradients only, each of which a tensor hook turns into squared per-sample
+weight gradients at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from guywire.core import batches
+from guywire.core.errors import UsageError
+from guywire.curvature._attention import Attention
+from guywire.curvature._fallback import LayerCall, batch_dims
+from guywire.curvature._layers import Build, Call, Rule, linear, rule_for
+from guywire.curvature._layout import Layout, find_layout
+from guywire.curvature._pieces import Direct, Lazy, Piece, combine
+
+__all__ = ["Recorder"]
+
+_log = logging.getLogger("guywire.curvature")
+
+Rows = tuple[int, int] | None
+
+
+class _Root(torch.autograd.Function):
+    """Return a tensor as the start of a graph; in-place operations on it are allowed."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, holder: list[Tensor]) -> Tensor:
+        return holder.pop()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass
+class _Tap:
+    """An output that is listened to, until its gradient comes."""
+
+    names: dict[str, tuple[str, Rows]]  # key of the piece -> parameter, rows of it
+    build: Callable[[Tensor], dict[str, Piece]] | None
+    source: Tensor
+    version: int
+    what: str
+
+
+@dataclass
+class Probe:
+    """What one sample alone showed."""
+
+    outputs: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
+    shapes: dict[tuple[nn.Module, int], tuple[list[Any], list[Any]]] = field(default_factory=dict)
+    called: set[nn.Module] = field(default_factory=set)
+    logits: Tensor | None = None
+    edges: dict[str, int] | None = None  # uses of each parameter in the graph
+
+
+class Recorder:
+    """Hooks on a model, and the sums of squares they gather.
+
+    Args:
+        model: the unwrapped model, already quiet.
+        names: (module, local name) to canonical name, for the parameters wanted.
+        dtypes: canonical name to the type of its sum.
+        shapes: canonical name to shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[tuple[nn.Module, str], str],
+        dtypes: Mapping[str, torch.dtype],
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        self.model, self.names, self.dtypes, self.shapes = model, names, dtypes, shapes
+        self.totals: dict[str, Tensor] = {}
+        self.paths = {m: path for path, m in model.named_modules()}
+        self.plan: dict[tuple[nn.Module, int], Layout] = {}
+        self.rejected: set[nn.Module] = set()  # layers whose rule does not apply after all
+        self.unsplit: set[nn.Module] = set()  # called, but without a batch
+        self.hidden: set[str] = set()  # parameters used outside their layers
+        self.alone = False  # one sample at a time from now on
+        self.probing: Probe | None = None
+        self.probe: Probe | None = None
+        self.fallbacks: dict[nn.Module, dict[str, str]] = {}
+        self.covered: set[tuple[nn.Module, str]] = set()
+        self._noted: set[str] = set()
+        self._active = False
+        self._arrange()
+
+    # -- which layer is served how ---------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        self.rules: dict[nn.Module, tuple[Rule, dict[str, str]]] = {}
+        self.attention: dict[nn.Module, dict[str, str]] = {}
+        self.ruleless: dict[nn.Module, dict[str, str]] = {}
+        own: dict[nn.Module, dict[str, str]] = {}
+        for (module, local), name in self.names.items():
+            own.setdefault(module, {})[local] = name
+        for module, wanted in own.items():
+            if _is_attention(module):
+                self.attention[module] = wanted
+            elif module in self.rejected or (rule := rule_for(module)) is None:
+                self.ruleless[module] = wanted
+            else:
+                self.rules[module] = (rule, wanted)
+        for module in self.model.modules():
+            if _is_attention(module) and module.out_proj in own:
+                self.attention.setdefault(module, {})
+
+    @property
+    def bare(self) -> set[str]:
+        """Parameters left to autograd, when samples come alone."""
+        return {n for wanted in self.ruleless.values() for n in wanted.values()} | self.hidden
+
+    def reject(self, module: nn.Module) -> None:
+        """Serve a layer without its rule from now on."""
+        self.rejected.add(module)
+        self._arrange()
+
+    def place_fallbacks(self, probe: Probe) -> None:
+        """Find the smallest called module around each use of a parameter that no rule explains.
+
+        Args:
+            probe: with the modules that were called and, unless FSDP2 hides them, the edges.
+        """
+        parents = {c: m for m in self.model.modules() for c in m.children()}
+        self.fallbacks, self.covered = {}, set()
+        for module, wanted in self.ruleless.items():
+            for local, name in wanted.items():
+                if self._explained(module, name, probe):
+                    continue
+                at, path = module, local
+                while (at not in probe.called or at in self.unsplit) and at in parents:
+                    step = next(k for k, c in parents[at].named_children() if c is at)
+                    at, path = parents[at], f"{step}.{path}"
+                if at is self.model:
+                    self.need_alone(f"{name!r} belongs to no single layer")
+                    continue
+                self.fallbacks.setdefault(at, {})[path] = name
+                self.note(
+                    f"{type(module).__name__} {self.paths.get(module, '')!r} has no rule: "
+                    f"per-sample gradients by torch.func on {type(at).__name__}"
+                )
+        # What a fallback differentiates includes every use inside it.
+        for at, wanted in self.fallbacks.items():
+            names = set(wanted.values())
+            self.covered |= {(m, name) for m in at.modules() for name in names}
+            for inner in set(at.modules()) - {at}:
+                twice = [k for k, n in self.fallbacks.get(inner, {}).items() if n in names]
+                for key in twice:
+                    del self.fallbacks[inner][key]
+            wanted_once = {name: key for key, name in wanted.items()}
+            self.fallbacks[at] = {key: name for name, key in wanted_once.items()}
+        self.fallbacks = {m: wanted for m, wanted in self.fallbacks.items() if wanted}
+
+    def _explained(self, module: nn.Module, name: str, probe: Probe) -> bool:
+        """Say whether a parameter's uses are all known without looking at one of its owners."""
+        others = {
+            m for m, wanted in self.ruleless.items() if m is not module and name in wanted.values()
+        }
+        if probe.edges is None:
+            ruled = {m for (m, _), n in self.names.items() if n == name} - {module}
+            return module not in probe.called and bool(ruled & probe.called)
+        left = probe.edges[name] - len(self.uses.get(name, ()))
+        if module not in probe.called:
+            left -= sum(key[0] in others for key in probe.shapes)
+        return left <= 0
+
+    def need_alone(self, why: str) -> None:
+        """Take one sample at a time from now on."""
+        self.alone = True
+        self.note(f"one sample at a time, which is slow: {why}")
+
+    def note(self, text: str) -> None:
+        """Log something once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            _log.warning("diagonal_fisher: %s", text)
+
+    # -- hooks -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Have the hooks in place, for one forward pass and its backward passes."""
+        handles = []
+        patched = []
+        try:
+            if self.probing is not None:
+                for m in self._around():
+                    handles.append(m.register_forward_hook(self._see, with_kwargs=True))
+            elif not self.alone:
+                for m in self.fallbacks:
+                    handles.append(m.register_forward_hook(self._layer_called, with_kwargs=True))
+            for m in self.rules:
+                handles.append(m.register_forward_hook(self._called, with_kwargs=True))
+            for m in self.attention:
+                if "forward" not in m.__dict__:
+                    stand_in = Attention(m, partial(self._project, m), partial(self._repeat, m))
+                    object.__setattr__(m, "forward", stand_in)
+                    patched.append(m)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for m in patched:
+                m.__dict__.pop("forward", None)
+            self._active = False
+            self._taps, self._pending, self._layer_calls = [], {}, []
+
+    def _around(self) -> set[nn.Module]:
+        # Modules that could serve a parameter without a rule: its own, or one around it.
+        paths = [self.paths[m] for m in self.ruleless if m in self.paths]
+        around = set(self.ruleless)
+        for m, path in self.paths.items():
+            if any(p.startswith(f"{path}.") or path == "" for p in paths):
+                around.add(m)
+        return around
+
+    def forward(self, batch: Any, n: int) -> Any:
+        """Run the model and listen.
+
+        Args:
+            batch: of n samples.
+            n: the number of samples.
+
+        Returns:
+            What the model returned.
+        """
+        self._n = n
+        self._calls: Counter[nn.Module] = Counter()
+        self._layer_count: Counter[nn.Module] = Counter()
+        self.expanded = False
+        self.uses: dict[str, list[Rows]] = {}
+        self._taps: list[_Tap] = []
+        self._pending: dict[str, list[Piece]] = {}
+        self._layer_calls: list[tuple[LayerCall, dict[str, str]]] = []
+        self.unusable: list[str] = []
+        self.newly_rejected: set[nn.Module] = set()
+        self.newly_unsplit: set[nn.Module] = set()
+        self.stale = False
+        device = batches.device_of(self.model)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._active = True
+        try:
+            return batches.forward(self.model, batch)
+        finally:
+            self._active = False
+
+    def backward(self, logits: Tensor, signal: Tensor, *, last: bool) -> None:
+        """Send a signal back, and add the squares to the totals.
+
+        Args:
+            logits: of the last ``forward``.
+            signal: the gradient there.
+            last: whether this is the last pass from these logits.
+        """
+        self._last = last
+        named = {name: p for name, p in self._bare_parameters().items() if p.requires_grad}
+        inputs = [self._anchor, *named.values()]
+        if logits.requires_grad:
+            found = torch.autograd.grad(
+                logits, inputs, signal.detach(), retain_graph=not last, allow_unused=True
+            )
+            for name, g in zip(named, found[1:], strict=True):
+                if g is not None:
+                    self._total(name).addcmul_(*[g.to(self.dtypes[name])] * 2)
+        for call, wanted in self._layer_calls:
+            self._finish_layer(call, wanted)
+        for name, pieces in self._pending.items():
+            combine(pieces, self._total(name))
+        self._pending = {}
+
+    def _bare_parameters(self) -> dict[str, nn.Parameter]:
+        bare = self.bare if self.alone else set()
+        found = {}
+        for (module, local), name in self.names.items():
+            if name in bare:
+                found[name] = module._parameters[local]
+        return found
+
+    @contextmanager
+    def bare_thawed(self) -> Iterator[None]:
+        """Let autograd see the parameters that are left to it."""
+        named = self._bare_parameters()
+        for name, p in named.items():
+            if hasattr(p, "device_mesh"):
+                raise UsageError(
+                    f"the parameter {name!r} is used outside a layer with a rule, and its gradient "
+                    "cannot be had under FSDP2: leave it out by `select`"
+                )
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in named.values():
+                p.requires_grad_(False)
+
+    def _total(self, name: str) -> Tensor:
+        if name not in self.totals:
+            device = batches.device_of(self.model)
+            self.totals[name] = torch.zeros(
+                self.shapes[name], dtype=self.dtypes[name], device=device
+            )
+        return self.totals[name]
+
+    # -- a layer was called ------------------------------------------------------------------------
+
+    def _called(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self._active or not isinstance(output, Tensor):
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        rule, wanted = self.rules[module]
+        names: dict[str, tuple[str, Rows]] = {
+            k: (name, None) for k, name in wanted.items() if not self._skip(module, name)
+        }
+        if not names and self.probing is None:
+            return None
+        return self._listen(module, x, output, names, rule)
+
+    def _listen(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        names: dict[str, tuple[str, Rows]],
+        rule: Rule,
+    ) -> Tensor:
+        layout = self._layout(module, output)
+        for name, rows in names.values():
+            self.uses.setdefault(name, []).append(rows)
+        if layout is None:
+            return output
+        original = output
+        if layout.kind == "shared":
+            self.expanded = True
+            x, output = _expand(x, self._n), _expand(output, self._n)
+            layout = Layout("pure", 0)
+        split = partial(layout.split, n=self._n)
+        source = x.detach()
+        call = Call(module, source, output.detach(), frozenset(names), split, self._dtype(names))
+        build = rule(call) if _splits_positions(module, layout, output) else None
+        call.output = call.x.new_empty(0)
+        if build is None:
+            self.newly_rejected.add(module)
+            return original
+        return self._tap(output, x, build, names, module)
+
+    def _tap(
+        self,
+        output: Tensor,
+        x: Tensor,
+        build: Build,
+        names: dict[str, tuple[str, Rows]],
+        module: nn.Module,
+    ) -> Tensor:
+        if not output.requires_grad:
+            if x.dtype == output.dtype and x.data_ptr() == output.data_ptr():
+                output = output.clone()
+            output = _Root.apply(self._anchor, [output])  # pyright: ignore[reportAssignmentType]
+        tap = _Tap(names, build, x.detach(), x._version, self.paths.get(module, "?"))
+        self._taps.append(tap)
+        output.register_hook(partial(self._arrived, tap))
+        return output
+
+    def _arrived(self, tap: _Tap, g: Tensor) -> None:
+        if tap.build is None:
+            return
+        if tap.source._version != tap.version:
+            raise UsageError(
+                f"the input of the layer {tap.what!r} was changed in place after the layer had "
+                "used it: its weight gradient cannot be computed (training would fail as well)"
+            )
+        with torch.no_grad():
+            for key, piece in tap.build(g.detach()).items():
+                name, rows = tap.names[key]
+                uses = self.uses[name]
+                if len(uses) == 1 or _disjoint(uses):
+                    total = self._total(name)
+                    piece.square_into(total if rows is None else total[rows[0] : rows[1]])
+                else:
+                    whole = piece if rows is None else _widened(piece, rows, self.shapes[name])
+                    self._pending.setdefault(name, []).append(whole)
+        if self._last:
+            tap.build = None
+            tap.source = g.new_empty(0)
+
+    def _layout(self, module: nn.Module, output: Tensor) -> Layout | None:
+        at = (module, self._calls[module])
+        self._calls[module] += 1
+        if self.probing is not None:
+            self.probing.outputs[at] = output.detach()
+            self.probing.called.add(module)
+            return None
+        if self.alone or self._n == 1:
+            return Layout("alone")
+        layout = self.plan.get(at)
+        if layout is not None and not layout.fits(output.shape, self._n):
+            layout = None
+        if layout is None:
+            if self.probe is None or at not in self.probe.outputs:
+                self.stale = True
+                return None
+            layout = find_layout(output, self.probe.outputs[at], self._n)
+            self.plan[at] = layout
+        if layout.kind == "unknown":
+            self.unusable.append(
+                f"the batch cannot be found in the output of {self.paths.get(module, '')!r}"
+            )
+            return None
+        return layout
+
+    def _dtype(self, names: dict[str, tuple[str, Rows]]) -> torch.dtype:
+        return next((self.dtypes[name] for name, _ in names.values()), torch.float32)
+
+    # -- attention ---------------------------------------------------------------------------------
+
+    def _skip(self, module: nn.Module, name: str) -> bool:
+        if self.probing is not None:
+            return False
+        if self.alone:
+            return name in self.bare
+        return name in self.hidden or (module, name) in self.covered
+
+    def _wanted(self, module: nn.Module, local: str) -> str | None:
+        name = self.attention[module].get(local)
+        return None if name is None or self._skip(module, name) else name
+
+    def _project(
+        self, module: nn.Module, x: Tensor, weight: str, rows: Rows, bias_rows: tuple[int, int]
+    ) -> Tensor:
+        w, b = module._parameters[weight], module._parameters.get("in_proj_bias")
+        assert w is not None
+        w = w if rows is None or rows == (0, w.shape[0]) else w[slice(*rows)]
+        b = b if b is None or bias_rows == (0, b.shape[0]) else b[slice(*bias_rows)]
+        output = F.linear(x, w, b)
+        if not self._active:
+            return output
+        names: dict[str, tuple[str, Rows]] = {}
+        if (name := self._wanted(module, weight)) is not None:
+            names["weight"] = (name, rows)
+        if b is not None and (name := self._wanted(module, "in_proj_bias")) is not None:
+            names["bias"] = (name, bias_rows)
+        if not names and self.probing is None:
+            return output
+        return self._listen(module, x, output, names, partial(_projection, w.shape))
+
+    def _repeat(self, module: nn.Module, local: str, b: int) -> Tensor:
+        p = module._parameters[local]
+        assert p is not None
+        output = p.repeat(1, b, 1)
+        if not self._active:
+            return output
+        name = self._wanted(module, local)
+        names: dict[str, tuple[str, Rows]] = {} if name is None else {"p": (name, None)}
+        if not names and self.probing is None:
+            return output
+        return self._listen(module, output, output, names, partial(_repeated, p.shape))
+
+    # -- layers without a rule ---------------------------------------------------------------------
+
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._active and self.probing is not None:
+            at = (module, sum(key[0] is module for key in self.probing.shapes))
+            self.probing.called.add(module)
+            self.probing.shapes[at] = (_shapes((args, kwargs)), _shapes(output))
+
+    def _layer_called(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self._active:
+            return None
+        wanted = {k: n for k, n in self.fallbacks[module].items() if n not in self.hidden}
+        key = (module, self._layer_count[module])
+        self._layer_count[module] += 1
+        for name in wanted.values():
+            self.uses.setdefault(name, []).append(None)
+        leaves, tree = pytree.tree_flatten(output)
+        where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        dims = None
+        if self._n > 1:
+            seen = None if self.probe is None else self.probe.shapes.get(key)
+            if seen is None:
+                self.stale = True
+                return None
+            dims = batch_dims((args, kwargs), seen[0], self._n)
+            outs = batch_dims(output, seen[1], self._n)
+            if dims is None or outs is None or any(outs[i] is None for i in where):
+                self.newly_unsplit.add(module)
+                return None
+        call = LayerCall(module, args, kwargs, dims, self._n)
+        self._layer_calls.append((call, wanted))
+        inputs = {x.data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for i in where:
+            x = leaves[i]
+            if not x.requires_grad:
+                x = x.clone() if x.data_ptr() in inputs else x
+                x = _Root.apply(self._anchor, [x])
+            x.register_hook(partial(call.arrived, i))
+            leaves[i] = x
+        return pytree.tree_unflatten(leaves, tree)
+
+    def _finish_layer(self, call: LayerCall, wanted: dict[str, str]) -> None:
+        if not call.grads:
+            return
+        form = call.form(list(wanted))
+        size = sum(self.shapes[name].numel() for name in wanted.values())
+        if all(len(self.uses[name]) == 1 for name in wanted.values()):
+            step = max(1, (1 << 22) // max(1, size))
+            for lo in range(0, call.n, step):
+                for local, g in form(lo, min(call.n, lo + step)).items():
+                    name = wanted[local]
+                    Direct(g, self.dtypes[name]).square_into(self._total(name))
+        else:
+            for local, name in wanted.items():
+
+                def rows(lo: int, hi: int, local: str = local) -> Tensor:
+                    return form(lo, hi)[local]
+
+                piece = Lazy(rows, call.n, self.shapes[name], size)
+                self._pending.setdefault(name, []).append(piece)
+        call.grads.clear()
+
+
+def _is_attention(module: nn.Module) -> bool:
+    kind = nn.MultiheadAttention
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _projection(shape: torch.Size, call: Call) -> Build:
+    def build(g: Tensor) -> dict[str, Piece]:
+        pieces: dict[str, Piece] = {}
+        x = call.x
+        if "weight" in call.wanted:
+            pieces["weight"] = linear(x, g, call.split, shape, call.dtype)
+        if "bias" in call.wanted:
+            pieces["bias"] = Direct(call.split(g).flatten(1, -2).sum(1), call.dtype)
+        return pieces
+
+    return build
+
+
+def _repeated(shape: torch.Size, call: Call) -> Build:
+    def build(g: Tensor) -> dict[str, Piece]:
+        return {"p": Direct(call.split(g).flatten(1, -2).sum(1).unflatten(1, shape), call.dtype)}
+
+    return build
+
+
+def _splits_positions(module: nn.Module, layout: Layout, output: Tensor) -> bool:
+    """Say whether the batch lies in a dimension over which the layer's weights are shared."""
+    if layout.kind == "alone":
+        return True
+    if isinstance(module, nn.modules.conv._ConvNd | nn.GroupNorm | nn.modules.batchnorm._BatchNorm):
+        return layout.dim == 0
+    features = len(module.normalized_shape) if hasattr(module, "normalized_shape") else 1
+    return layout.dim < output.dim() - features
+
+
+def _expand(x: Tensor, n: int) -> Tensor:
+    if x.dim() and x.shape[0] == 1:
+        return x.expand(n, *x.shape[1:])
+    return x.unsqueeze(0).expand(n, *x.shape)
+
+
+def _disjoint(uses: list[Rows]) -> bool:
+    if any(rows is None for rows in uses):
+        return False
+    spans = sorted(rows for rows in uses if rows is not None)
+    return all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def _widened(piece: Piece, rows: tuple[int, int], shape: torch.Size) -> Piece:
+    def form(lo: int, hi: int) -> Tensor:
+        part = piece.rows(lo, hi)
+        out = part.new_zeros(hi - lo, *shape)
+        out[:, rows[0] : rows[1]] = part
+        return out
+
+    return Lazy(form, piece.count, shape, shape.numel())
+
+
+def _shapes(tree: Any) -> list[Any]:
+    return [x.shape if isinstance(x, Tensor) else None for x in pytree.tree_leaves(tree)]
