@@ -31,8 +31,9 @@ __all__ = [
 
 Tensors = dict[str, Tensor]
 
-# Elements a block: 64 Ki floats and a buffer of the same size stay in a core's second-level cache.
-_BLOCK = 1 << 16
+# Elements a block. 256 Ki floats make a buffer of 1 MiB, small enough for a shared cache; smaller
+# blocks cost more in calls than they save in memory traffic (benchmarks/penalty.py).
+_BLOCK = 1 << 18
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -142,6 +142,7 @@ class Binding:
 
 
 def anchors_at_setup(
+    model: nn.Module,
     params: Mapping[str, nn.Parameter],
     anchor: Anchor,
     learnt: Tensors | None,
@@ -149,7 +150,11 @@ def anchors_at_setup(
 ) -> Tensors | None:
     """Return the anchors at attach: those learnt before, or the first ones.
 
+    Given tensors may name more than is selected (a whole state dict, say), but nothing that the
+    model lacks.
+
     Args:
+        model: the user's module.
         params: the parameters held.
         anchor: the rule, or names to tensors.
         learnt: anchors from before, if any.
@@ -163,14 +168,19 @@ def anchors_at_setup(
         UsageError: the rule is unknown, or given tensors do not fit.
     """
     if isinstance(anchor, Mapping):
-        unknown = sorted(anchor.keys() - params.keys())
-        if unknown:
-            raise UsageError(
-                f"the anchor names {unknown[0]!r}, which is not among the selected parameters: "
-                "give anchors under the names of named_parameters()"
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        unknown = sorted(anchor.keys() - {selection.canonical(name) for name, _ in named})
+        given = {n: t if dtype is None else t.to(dtype) for n, t in anchor.items() if n in params}
+        if unknown or not given:
+            what = (
+                f"names {unknown[0]!r}, which the model lacks" if unknown else "names none of them"
             )
-        check_shapes(params, anchor, "the given anchor")
-        return like({n: t if dtype is None else t.to(dtype) for n, t in anchor.items()}, params)
+            raise UsageError(
+                f"the anchor for {len(params)} selected parameters {what}: give tensors under the "
+                "names of named_parameters()"
+            )
+        check_shapes(params, given, "the given anchor")
+        return like(given, params)
     if anchor not in ("previous", "initial", "zero"):
         raise UsageError(
             f"anchor={anchor!r} is none of 'previous', 'initial', 'zero' or a mapping of tensors"

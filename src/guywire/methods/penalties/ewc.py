@@ -65,7 +65,7 @@ def collapse(
     """Add one quadratic to another: the sum is a quadratic again, up to a constant.
 
     ``P (theta - m)^2 + F (theta - a)^2 = (P + F) (theta - m')^2 + const`` with
-    ``m' = m + F / (P + F) * (a - m)``; where both weights are zero the mean is the new anchor.
+    ``m' = (P m + F a) / (P + F)``; where both weights are zero the mean is the new anchor.
 
     Args:
         precision: P, any shape.
@@ -83,7 +83,10 @@ def collapse(
     """
     total = precision + importance
     share = torch.where(total > 0, importance / total, 1.0)
-    moved = mean.to(share.dtype) + share * (anchor.to(share.dtype) - mean.to(share.dtype))
+    rest = torch.where(total > 0, precision / total, 0.0)
+    # From whichever mean weighs more, so that a small correction is added and nothing cancels.
+    old, new = mean.to(share.dtype), anchor.to(share.dtype)
+    moved = torch.where(share < 0.5, old + share * (new - old), new + rest * (old - new))
     return total, moved.to(mean.dtype)
 
 
@@ -141,10 +144,10 @@ class EWC(Regularizer):
         seed: int = 0,
     ) -> None:
         self.strength = strength
-        self.labels = labels
+        self.labels: Literal["expected", "sampled", "true"] = labels
         self.decay = decay
         self.select = select
-        self.unit = unit
+        self.unit: Literal["sample", "token"] = unit
         self.normalise = normalise
         self.decoupled = decoupled
         self.anchor_dtype = anchor_dtype
@@ -172,7 +175,9 @@ class EWC(Regularizer):
         self._binding.bind(model, self.select, self.strength)
         if self.mean_:
             params = self._binding.params
-            self.mean_ = _anchored.anchors_at_setup(params, "previous", self.mean_, None) or {}
+            self.mean_ = (
+                _anchored.anchors_at_setup(model, params, "previous", self.mean_, None) or {}
+            )
             self.precision_ = {
                 name: tensors.place_like(f, params[name]) if name in params else f
                 for name, f in self.precision_.items()

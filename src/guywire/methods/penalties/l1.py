@@ -111,7 +111,7 @@ class L1(Regularizer):
         """
         self._binding.bind(model, self.select, self.strength)
         self.anchors_ = _anchored.anchors_at_setup(
-            self._binding.params, self.anchor, self.anchors_, self.anchor_dtype
+            model, self._binding.params, self.anchor, self.anchors_, self.anchor_dtype
         )
 
     def before_step(self, step: Step) -> None:
