@@ -12,6 +12,7 @@ from guywire.diagnostics.gradients import GradientSplit, gradient_split
 from guywire.diagnostics.monitor import ContinualMonitor, Observation
 from guywire.diagnostics.stability import (
     end_forgetting,
+    final_accuracy,
     learning_curve_area,
     min_acc,
     wc_acc,
@@ -28,6 +29,7 @@ __all__ = [
     "average_accuracy",
     "backward_transfer",
     "end_forgetting",
+    "final_accuracy",
     "forgetting",
     "global_forgetting",
     "gradient_split",

@@ -28,8 +28,8 @@ from guywire.core.errors import UsageError
 from guywire.diagnostics._sliding import Slide
 
 __all__ = [
-    "average_accuracy",
     "end_forgetting",
+    "final_accuracy",
     "learning_curve_area",
     "min_acc",
     "wc_acc",
@@ -129,7 +129,7 @@ def wc_acc(curves: Curves, steps: Sequence[int], ends: Sequence[int]) -> float:
     return last if k == 1 else last / k + (1.0 - 1.0 / k) * min_acc(curves, steps, ends)
 
 
-def average_accuracy(curves: Curves) -> float:
+def final_accuracy(curves: Curves) -> float:
     """Return ACC: the last accuracy of each task, averaged.
 
     Args:
