@@ -70,12 +70,14 @@ def test_noise_gives_an_array_or_a_data_error(tmp_path, noise):
     path = tmp_path / "noise-file"
     for content in (noise, b"\x00\x00" + noise, b"\x1f\x8b" + noise, gzip.compress(noise)):
         path.write_bytes(content)
+        said = ""
         try:
             array = read_idx(path)
         except DataError as error:
-            assert "noise-file" in str(error)
+            said = str(error)
         else:
             assert array.nbytes <= len(content) * 1032
+        assert not said or "noise-file" in said
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -155,13 +157,13 @@ def test_without_test_files_test_data_are_held_out(tmp_path):
 def test_a_folder_that_lacks_a_file_or_does_not_fit_together(tmp_path):
     folder = folder_of(tmp_path)
     write(folder, "train-labels-idx1-ubyte", np.zeros(39, np.uint8))
-    with pytest.raises(DataError, match="train-labels.*39"):
+    with pytest.raises(DataError, match=r"train-labels.*39"):
         load(StreamConfig(data=str(folder)))
     write(folder, "train-labels-idx1-ubyte", np.zeros((40, 1), np.uint8))
     with pytest.raises(DataError, match="train-labels"):
         load(StreamConfig(data=str(folder)))
     (folder / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(DataError, match="train-labels-idx1-ubyte.*missing"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte.*missing"):
         load(StreamConfig(data=str(folder)))
 
 

@@ -143,7 +143,7 @@ def test_the_largest_classes():
     labels = np.repeat(np.arange(4), [10, 30, 20, 40])
     made = plan(table(labels), StreamConfig(tasks=1, classes=2, class_order="given"))
     assert made.class_names == ("c1", "c3")
-    with pytest.raises(UsageError, match="5 classes.*has 4"):
+    with pytest.raises(UsageError, match=r"5 classes.*has 4"):
         plan(table(labels), StreamConfig(classes=5))
 
 
@@ -172,7 +172,7 @@ def test_domains_come_in_order_and_share_all_classes():
         assert set(domains[np.concatenate(task.rows)]) == {d}
     two = plan(table(labels, domains=domains), StreamConfig(scenario="domain", tasks=2))
     assert [t.name for t in two.tasks] == ["d0", "d1"]
-    with pytest.raises(UsageError, match="4 tasks need 4 domains.*has 3"):
+    with pytest.raises(UsageError, match=r"4 tasks need 4 domains.*has 3"):
         plan(table(labels, domains=domains), StreamConfig(scenario="domain", tasks=4))
 
 
@@ -188,7 +188,7 @@ def test_no_domains_one_class_and_no_validation():
     labels = np.tile(np.arange(2), 20)
     with pytest.raises(UsageError, match="--domain-column"):
         plan(table(labels), StreamConfig(scenario="domain"))
-    with pytest.raises(UsageError, match="1 class .*2 or more"):
+    with pytest.raises(UsageError, match=r"1 class .*2 or more"):
         plan(table(np.zeros(20)), StreamConfig())
     made = plan(table(labels), StreamConfig(valid_fraction=0.0))
     assert len(rows_of(made, (VALID,))) == 0

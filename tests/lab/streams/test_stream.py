@@ -131,7 +131,7 @@ def test_split_subset_and_concat():
         texts.concat(split)
     with pytest.raises(DataError, match="joined"):
         split.concat(Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1).long()))
-    with pytest.raises(DataError, match="2 inputs.*3 labels"):
+    with pytest.raises(DataError, match=r"2 inputs.*3 labels"):
         Split(("a", "b"), torch.arange(3))
 
 

@@ -17,8 +17,10 @@ __all__ = ["IMAGE_MODELS", "TEXT_MODELS", "attention_glob", "build", "prepare"]
 IMAGE_MODELS = ("mlp", "cnn", "resnet18", "vit", "efficientnet-lite0")
 TEXT_MODELS = ("minilm",)
 
-# Smaller images are enlarged to this before EfficientNet, whose five halvings leave little of them.
-_SMALLEST, _LARGEST = 96, 224
+# Sizes for EfficientNet, whose five halvings leave two by two positions of 64 pixels. On drawings of
+# 64 pixels a linear probe gained nothing from enlarging them further (70.7% of 40 classes at 64,
+# 68.6% at 96, 68.2% at 128), and a step's cost grows with the area.
+_SMALLEST, _LARGEST = 64, 224
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # What the projections to queries, keys and values are called across encoders and their versions.

@@ -223,9 +223,11 @@ def _array(value: list[Any], where: str, size: int | None) -> np.ndarray:
 
     pixels: np.ndarray[Any, Any]
     try:
-        pixels = np.array(value, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where} holds lists of unequal length or no numbers") from error
+        pixels = np.array(value)
+    except ValueError as error:
+        raise DataError(f"{where} holds lists of unequal length") from error
+    if pixels.dtype.kind not in "iuf":
+        raise DataError(f"{where} holds {pixels.dtype}, not numbers of an image")
     if pixels.ndim == 1:
         side = math.isqrt(len(pixels))
         if side * side != len(pixels):
@@ -237,15 +239,15 @@ def _array(value: list[Any], where: str, size: int | None) -> np.ndarray:
         pixels = pixels[:, :, 0]
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or not pixels.size:
         raise DataError(f"{where} holds numbers of shape {pixels.shape}, not an image")
-    whole = bool((pixels == np.rint(pixels)).all()) and pixels.max() > 1
+    whole = pixels.dtype.kind != "f"
     low, high = float(pixels.min()), float(pixels.max())
-    if not (low >= 0 and high <= (255 if whole else 1)):
+    if not (low >= 0 and high <= (255 if whole else 1)):  # not a number is neither
         raise DataError(
             f"{where} holds numbers from {low:g} to {high:g}: give integers within 0..255 or "
             "fractions within 0..1"
         )
     grey = pixels.ndim == 2
-    bytes_ = np.rint(pixels if whole else pixels * 255).astype(np.uint8)
+    bytes_ = (pixels if whole else np.rint(pixels * 255)).astype(np.uint8)
     image = torch.from_numpy(bytes_[None] if grey else bytes_.transpose(2, 0, 1).copy())
     image = fitted(image[None], size)[0].numpy()
     return image[0] if grey else image.transpose(1, 2, 0)

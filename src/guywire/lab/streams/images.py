@@ -20,11 +20,11 @@ from guywire.core.errors import DataError, UsageError
 __all__ = ["decode", "fitted", "montage", "stack"]
 
 
-def decode(source: bytes | Path | Image.Image, where: str, size: int | None = None) -> np.ndarray:
+def decode(source: bytes | Path, where: str, size: int | None = None) -> np.ndarray:
     """Decode one image.
 
     Args:
-        source: the bytes of a file, its path, or an image of PIL's.
+        source: the bytes of a file, or its path.
         where: what to call it in errors.
         size: side of the square to which it is brought: shorter side scaled, centre cut.
 
@@ -38,8 +38,6 @@ def decode(source: bytes | Path | Image.Image, where: str, size: int | None = No
         with warnings.catch_warnings():
             # An image that declares a gigapixel is refused, not unpacked with a warning.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, Image.Image):
-                return _pixels(source, size)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 image.load()
                 return _pixels(image, size)
