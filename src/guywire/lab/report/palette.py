@@ -1,8 +1,9 @@
 """Colours and marker shapes: safe for colour-blind eyes, fixed for each method, in light and dark.
 
-The hues start from Okabe and Ito's palette ("Color Universal Design", 2008), darkened for a white
-page and lightened for a dark one until each stands out by a contrast of at least 3 to 1. A series
-never relies on colour alone: it has a marker shape of its own too.
+The hues start from Okabe and Ito's palette ("Color Universal Design", 2008). From there they were
+moved until each stands out from its page by a contrast of at least 3 to 1 and the default methods
+lie at least 0.1 apart in OKLab, for full sight as for protanopia and deuteranopia. A series never
+relies on colour alone: it has a marker shape of its own too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ __all__ = [
 ]
 
 LIGHT = (
-    "#0072b2", "#d55e00", "#008a63", "#a8457f", "#b87700",
-    "#2b8fca", "#6d6a00", "#7b55c7", "#8a5a3c", "#6b7280", "#1b1f24",
+    "#4275a6", "#d73309", "#407c5f", "#831e60", "#bf8832",
+    "#2b8fca", "#6a7305", "#6b45df", "#664a2e", "#87939a", "#1b1f24",
 )  # fmt: skip
 DARK = (
-    "#4da3e0", "#ff8a4c", "#2fc49a", "#e08fc0", "#f0b03c",
-    "#7fccf5", "#c9c24a", "#b59bf2", "#cf9d7c", "#9aa3b0", "#f1f3f5",
+    "#359fff", "#f9741b", "#8be2a4", "#c770c0", "#c8b16d",
+    "#62c3fd", "#d8c851", "#c0add2", "#c19974", "#867f73", "#f1f3f5",
 )  # fmt: skip
 PAGE_LIGHT, PAGE_DARK = "#ffffff", "#14171c"
 
@@ -106,7 +107,7 @@ def heat_colours(*, dark: bool = False) -> list[tuple[str, str]]:
         fill = "#" + "".join(
             f"{round(a + (b - a) * mix):02x}" for a, b in zip(low, high, strict=True)
         )
-        pairs.append((fill, max("#10151b", "#ffffff", key=lambda c: contrast(c, fill))))
+        pairs.append((fill, max("#05080c", "#ffffff", key=lambda c: contrast(c, fill))))
     return pairs
 
 
