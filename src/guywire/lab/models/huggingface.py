@@ -182,6 +182,9 @@ def tokenised(source: str, stream: Stream, label: str) -> Stream:
     config = _config(source, stream, label)
     with _loading(label):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without its files the library makes a tokenizer that knows no word.
+        raise DataError(f"the model {label!r} comes without the files of its tokenizer")
     limits = (
         _MOST_TOKENS,
         tokenizer.model_max_length,
@@ -197,6 +200,15 @@ def tokenised(source: str, stream: Stream, label: str) -> Stream:
         return tokenizer(texts, truncation=True, max_length=limit, padding=False)["input_ids"]
 
     every = [(t, [ids(s) for s in (t.train, t.valid, t.test)]) for t in stream.tasks]
+    largest = max(
+        (max(row, default=0) for _, ss in every for rows in ss for row in rows), default=0
+    )
+    vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    if vocabulary is not None and largest >= vocabulary:
+        raise DataError(
+            f"the tokenizer of {label!r} gives the token {largest}, and the model's vocabulary has "
+            f"{vocabulary}: they do not belong together"
+        )
     lengths = [len(row) for _, splits in every for rows in splits for row in rows]
     longest = max(1, *lengths)
 
