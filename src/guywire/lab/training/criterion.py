@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from guywire.core import batches
+from guywire.core import batches, losses
 from guywire.lab.streams import Stream
 
 __all__ = ["Criterion", "per_task_mask"]
@@ -89,10 +89,11 @@ class Criterion:
             A 0-d tensor.
         """
         logits, labels = _unpack(outputs, labels)
-        if self.new_only:
-            first, last = self.current[0], self.current[-1] + 1
-            return self._loss(logits[:, first:last], labels - first)
-        return self.replayed(logits, labels)
+        if not self.new_only:
+            return self.replayed(logits, labels)
+        if self.loss == "sigmoid":
+            return losses.sigmoid_cross_entropy(logits, labels, self.current)
+        return losses.masked_cross_entropy(logits, labels, self.current)
 
     def replayed(self, outputs: Any, labels: Any) -> Tensor:
         """Return the loss of samples of any task seen so far: over all classes, or their task's.
@@ -106,21 +107,15 @@ class Criterion:
         """
         logits, labels = _unpack(outputs, labels)
         if self.scenario != "task":
-            return self._loss(logits, labels)
+            if self.loss == "sigmoid":
+                return losses.sigmoid_cross_entropy(logits, labels)
+            return losses.cross_entropy(logits, labels)
         mask = per_task_mask(self.groups, labels, logits.shape[1])
         if self.loss == "sigmoid":
             targets = functional.one_hot(labels, logits.shape[1]).to(logits)
             terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             return (terms * mask).sum(1).mean()
-        return functional.cross_entropy(logits.masked_fill(~mask, -torch.inf), labels)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.loss == "sigmoid":
-            # Summed over classes, averaged over samples: a mean over classes would shrink as they grow.
-            targets = functional.one_hot(labels, logits.shape[1]).to(logits)
-            terms = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            return terms.sum(1).mean()
-        return functional.cross_entropy(logits, labels)
+        return losses.cross_entropy(logits.masked_fill(~mask, -torch.inf), labels)
 
 
 def _unpack(outputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
