@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -75,18 +71,3 @@ def is_above(frame: FrameType, below: FrameType | None) -> bool:
             return True
         below = below.f_back
     return False
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave the global random states as they were."""
-    # Iterating a DataLoader draws from torch's global generator even when it does not shuffle.
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    on_cpu = device.type == "cpu"
-    devices = [] if on_cpu else [device]
-    try:
-        with torch.random.fork_rng(devices, device_type="cuda" if on_cpu else device.type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002

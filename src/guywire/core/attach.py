@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import _stepping, batches, selection
+from guywire.core.aside import random_state_kept
 from guywire.core.errors import AttachError, CheckpointError
 from guywire.core.regularizer import Regularizer, Step
 
@@ -151,7 +152,7 @@ class Wires:
             data = list(data)
         flags = [(module, module.training) for module in self._inner.modules()]
         try:
-            with _stepping.random_state_kept(batches.device_of(self._inner)):
+            with random_state_kept(batches.device_of(self._inner)):
                 for regularizer in self.regularizers:
                     _stepping.reshard(self._inner)
                     regularizer.consolidate(self._inner, data)

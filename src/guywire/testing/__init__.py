@@ -1,1 +1,16 @@
-"""."""
+"""Tests that any regularizer should pass, ours or yours, and the tools that they are made of.
+
+from guywire.testing import check_regularizer
+check_regularizer(MyRegularizer)
+"""
+
+from guywire.testing.conformance import (
+    CHECKS,
+    Subject,
+    check_regularizer,
+    checks,
+    prepare,
+)
+from guywire.testing.processes import run_processes
+
+__all__ = ["CHECKS", "Subject", "check_regularizer", "checks", "prepare", "run_processes"]

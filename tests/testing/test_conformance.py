@@ -1,0 +1,130 @@
+"""Every method of ours through the public conformance suite: one row a method."""
+
+from __future__ import annotations
+
+import pytest
+
+import guywire as gw
+from guywire.testing import CHECKS, Subject, prepare
+from guywire.testing.conformance import run_check
+
+
+def l2(**keywords):
+    return gw.L2(**{"strength": 0.5} | keywords)
+
+
+def l2_decoupled(**keywords):
+    return gw.L2(**{"strength": 0.5, "anchor": "initial", "decoupled": True} | keywords)
+
+
+def l1(**keywords):
+    return gw.L1(**{"strength": 1e-2} | keywords)
+
+
+def l1_decoupled(**keywords):
+    return gw.L1(**{"strength": 1e-2, "decoupled": True} | keywords)
+
+
+def ewc(**keywords):
+    return gw.EWC(**{"strength": 30.0} | keywords)
+
+
+def ewc_true(**keywords):
+    return gw.EWC(**{"strength": 3.0, "labels": "true", "normalise": "mean"} | keywords)
+
+
+def ewc_online(**keywords):
+    return gw.EWC(**{"strength": 30.0, "decay": 0.9} | keywords)
+
+
+def ewc_sampled(**keywords):
+    return gw.EWC(**{"strength": 30.0, "labels": "sampled"} | keywords)
+
+
+def prediction(**keywords):
+    return gw.PredictionDistillation(**keywords)
+
+
+def prediction_sigmoid(**keywords):
+    return gw.PredictionDistillation(**{"kind": "sigmoid"} | keywords)
+
+
+def feature(**keywords):
+    return gw.FeatureDistillation(**{"strength": 0.5} | keywords)
+
+
+def replay(**keywords):
+    return gw.Replay(**{"capacity": 16} | keywords)
+
+
+def replay_balanced(**keywords):
+    return gw.Replay(**{"capacity": 16, "buffer": "balanced"} | keywords)
+
+
+def gem(**keywords):
+    return gw.GEM(**{"memory_per_task": 16} | keywords)
+
+
+COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
+DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
+SUBJECTS = {
+    "L2": Subject(l2),
+    "L2 decoupled": Subject(l2_decoupled),
+    "L1": Subject(l1),
+    "L1 decoupled": Subject(l1_decoupled),
+    "EWC": Subject(ewc),
+    "EWC true labels": Subject(ewc_true),
+    "EWC online": Subject(ewc_online),
+    "EWC sampled": Subject(
+        ewc_sampled,
+        skip={
+            "ddp": "each process draws labels for its own samples",
+            "fsdp2": "each process draws labels for its own samples",
+        },
+    ),
+    "PredictionDistillation": Subject(prediction, skip={"fsdp2": COPIES}),
+    "PredictionDistillation sigmoid": Subject(prediction_sigmoid, skip={"fsdp2": COPIES}),
+    "FeatureDistillation": Subject(feature, skip={"fsdp2": COPIES}),
+    "Replay": Subject(replay, skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": DRAWS}),
+    "Replay balanced": Subject(
+        replay_balanced, skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": DRAWS}
+    ),
+    "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
+}
+ROWS = [
+    pytest.param(
+        name, check, id=f"{name}-{check}",
+        marks=[pytest.mark.multiprocess] if check in ("another_process", "ddp", "fsdp2") else [],
+    )
+    for name, subject in SUBJECTS.items()
+    for check in subject.applicable()
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def prepared():
+    prepare(SUBJECTS.values())
+
+
+@pytest.mark.parametrize(("name", "check"), ROWS)
+def test_conformance(name, check, request):
+    if check in ("another_process", "ddp", "fsdp2"):
+        request.getfixturevalue("prepared")
+    run_check(SUBJECTS[name], check)
+
+
+def test_every_method_of_ours_has_a_row():
+    ours = {
+        name
+        for name in gw.__all__
+        if isinstance(kind := getattr(gw, name), type)
+        and issubclass(kind, gw.Regularizer)
+        and kind is not gw.Regularizer
+    }
+    assert ours == {type(subject.factory()).__name__ for subject in SUBJECTS.values()}
+
+
+def test_every_skip_gives_a_reason_and_names_a_check():
+    for subject in SUBJECTS.values():
+        assert set(subject.skip) <= set(CHECKS)
+        assert all(len(reason) > 10 for reason in subject.skip.values())
