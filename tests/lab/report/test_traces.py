@@ -22,6 +22,12 @@ def test_tasks_end_at_their_last_step() -> None:
     assert borders([ONE, TWO]) == [0.0, 2.0, 4.0]
 
 
+def test_a_trial_cut_short_does_not_end_a_task_early() -> None:
+    short = trial({0: curve([1], [0], [0.0])}, "unfinished")
+    assert borders([short, ONE]) == borders([ONE])
+    assert borders([short]) == [0.0, 1.0]
+
+
 def test_the_mean_is_taken_where_all_seeds_were_evaluated() -> None:
     steps, values = mean_over_seeds([ONE.curves[0], TWO.curves[0]])
     assert steps.tolist() == [1, 3, 4]

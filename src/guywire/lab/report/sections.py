@@ -21,7 +21,7 @@ from guywire.lab.report.page import (
     Table,
     data_uri,
 )
-from guywire.lab.report.read import Run, Trial
+from guywire.lab.report.read import Run, TaskFacts, Trial
 from guywire.lab.report.stats import interval
 from guywire.lab.report.tables import MAIN, MEASURES, Summaries, measures_table, number, plain
 from guywire.lab.report.traces import borders, lines, shown_tasks
@@ -173,20 +173,18 @@ def curves(run: Run, order: Sequence[str], found: Summaries, marks: Marks) -> Se
     """Accuracy at every evaluated step, one panel a method, with the lowest points as a table."""
     methods = [*order, *(m for m in run.methods if m not in order)]
     methods = [m for m in methods if any(t.curves for t in run.trials if t.method == m)]
-    edges = borders([t for t in run.trials if t.curves])
     tasks = shown_tasks(run.trials)
     choices = [f"Task {k + 1}" for k in tasks] + (["Mean of tasks seen"] if len(tasks) > 1 else [])
     panels, rows = [], []
     for m in methods:
         trials = [t for t in run.trials if t.method == m and t.curves]
         drawn = lines(trials, tasks)
+        edges = borders(trials)
         low = found.get(m, {}).get("min_acc")
         note = f"min-ACC {percent(low.mean)}" if low else ""
-        panels.append(figures.Panel(m, marks[m], drawn, note))
+        panels.append(figures.Panel(m, marks[m], drawn, edges, note))
         rows += [(Cell(m, series=marks[m]), *row) for row in _dips(drawn, tasks, edges)]
-    body = figures.panels(
-        panels, choices, edges, name="curve", question="Accuracy on the test data of"
-    )
+    body = figures.panels(panels, choices, name="curve", question="Accuracy on the test data of")
     columns = (
         Column("Method"), Column("Task", True), Column("Right after it was learnt", True, "%"),
         Column("Lowest later", True, "%"), Column("At step", True), Column("At the end", True, "%"),
@@ -194,7 +192,7 @@ def curves(run: Run, order: Sequence[str], found: Summaries, marks: Marks) -> Se
     figure = Figure(
         "",
         body,
-        "Bold: mean over seeds. Faint: single seeds. Dotted lines: a new task begins. A sharp drop right after "
+        "Bold: mean over seeds. Faint: single seeds. Every task has the same width; it begins at a dotted line. A sharp drop right after "
         "such a line that is won back later is the stability gap; evaluation at the ends of tasks alone would miss it. "
         "min-ACC is the mean, over earlier tasks, of the lowest point.",
         Table("Lowest points of the mean curves", columns, tuple(rows)),
@@ -258,32 +256,28 @@ def cost(order: Sequence[str], found: Summaries, marks: Marks) -> Section:
 
 def samples(run: Run) -> Section:
     """A picture, or some texts, of each task."""
-    cards = []
-    for i, task in enumerate(run.tasks):
-        few = (
-            task.classes
-            if len(task.classes) <= 12
-            else (*task.classes[:12], f"{len(task.classes) - 12} more")
-        )
-        sizes = ", ".join(f"{n:,} {name}" for name, n in task.sizes.items())
-        detail = (f"Classes {join(few)}. " if few else "") + (
-            f"{sizes[0].upper()}{sizes[1:]}." if sizes else ""
-        )
-        title = (
-            f"Task {i + 1}"
-            if task.name.lower().replace("-", " ") in {f"task {i}", f"task {i + 1}"}
-            else f"Task {i + 1}: {task.name}"
-        )
-        alt = f"Sample images of task {i + 1}" + (f", classes {join(few)}" if few else "")
-        source = data_uri(task.picture) if task.picture else ""
-        cards.append(Picture(title, detail, source, alt, task.texts[:8]))
+    cards = Pictures(tuple(_card(i, task) for i, task in enumerate(run.tasks)))
     notes = tuple(Prose(str(n)) for n in run.stream.get("notes") or ())
-    return Section(
-        "tasks",
-        "The tasks",
-        (Pictures(tuple(cards)), *notes),
-        "What the stream shows, in the order in which it shows it.",
-    )
+    lead = "What the stream shows, in the order in which it shows it."
+    return Section("tasks", "The tasks", (cards, *notes), lead)
+
+
+def _card(index: int, task: TaskFacts) -> Picture:
+    title, most = f"Task {index + 1}", 12
+    few = [*task.classes[:most]]
+    if len(task.classes) > most:
+        few.append(f"{len(task.classes) - most} more")
+    named = f"Classes {join(few)}. " if few else ""
+    name = task.name.lower().replace("-", " ")
+    if name not in {f"task {index}", title.lower()}:
+        title = f"{title}: {task.name}"
+        if task.name == ", ".join(task.classes):
+            named = ""  # the name says it
+    sizes = ", ".join(f"{n:,} {kind}" for kind, n in task.sizes.items())
+    detail = named + (f"{sizes[0].upper()}{sizes[1:]}." if sizes else "")
+    alt = f"Sample images of task {index + 1}" + (f", classes {join(few)}" if few else "")
+    source = data_uri(task.picture) if task.picture else ""
+    return Picture(title, detail, source, alt, task.texts[:8])
 
 
 def again(run: Run) -> Section:

@@ -27,8 +27,9 @@ def borders(trials: Sequence[Trial]) -> list[float]:
     """The steps after which tasks begin, and the last step: one more than there are tasks.
 
     A row of the metrics belongs to the task that was being trained, so a task ends at the last
-    step that carries its number.
+    step that carries its number. Trials that are not done do not count when there are others.
     """
+    trials = [t for t in trials if t.status == "done"] or trials
     ends: dict[int, float] = {}
     for trial in trials:
         for curve in trial.curves.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,11 +35,21 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel: a title, the index of its series, its lines, a few words beside the title."""
+    """One panel.
+
+    Attributes:
+        title: what it shows.
+        series: index of its series.
+        lines: what is drawn.
+        borders: the steps after which tasks begin, and the last step: one more than tasks. They are
+            the panel's own, for methods may take a different number of steps.
+        note: a few words beside the title.
+    """
 
     title: str
     series: int
     lines: Sequence[Line]
+    borders: Sequence[float]
     note: str = ""
 
 
@@ -55,18 +64,16 @@ def panel_head(title: str, series: int, note: str = "") -> Markup:
 def panels(
     items: Sequence[Panel],
     choices: Sequence[str],
-    borders: Sequence[float],
     *,
     name: str,
     question: str,
     budget: int = 60_000,
 ) -> Markup:
-    """Small multiples, one choice of lines at a time.
+    """Small multiples, one choice of lines at a time; every task gets the same width.
 
     Args:
         items: the panels.
         choices: what can be chosen; ``Line.key`` counts them. The first is shown at first.
-        borders: the steps at which tasks begin, and the last step: one more than tasks.
         name: a name for the radio buttons, unique in the page.
         question: what the choice is about.
         budget: how many points all lines together may have; beyond it they are thinned so that
@@ -75,6 +82,7 @@ def panels(
     Returns:
         Markup; the choice works without a script.
     """
+    tasks = max((len(p.borders) - 1 for p in items), default=1)
     count = sum(len(p.lines) for p in items) or 1
     most = min(max(budget // (4 * count), 24), _WIDTH)
     buttons = []
@@ -93,19 +101,19 @@ def panels(
         f"#{name}:has(#{name}-{k}:checked) .k{k}{{display:inline}}" for k in range(len(choices))
     )
     style = Markup(f"<style>#{name} .k{{display:none}}{rules}</style>")
-    drawn = Markup("").join(_panel(p, choices, borders, most) for p in items)
+    drawn = Markup("").join(_panel(p, choices, tasks, most) for p in items)
     grid = element("div", drawn, class_="multiples")
     return element(
         "div", style + (chooser if len(choices) > 1 else "") + grid, id=name, class_="curves"
     )
 
 
-def _panel(item: Panel, choices: Sequence[str], borders: Sequence[float], most: int) -> Markup:
-    across = Scale(borders[0], borders[-1], _LEFT, _WIDTH - _RIGHT)
+def _panel(item: Panel, choices: Sequence[str], tasks: int, most: int) -> Markup:
+    across = Scale(0, tasks, _LEFT, _WIDTH - _RIGHT)
     up = Scale(0.0, 1.0, _HEIGHT - _BOTTOM, _TOP)
     parts = []
-    for k, (start, end) in enumerate(itertools.pairwise(borders)):
-        left, right = across(start), across(end)
+    for k in range(tasks):
+        left, right = across(k), across(k + 1)
         if k % 2:
             parts.append(
                 element(
@@ -121,7 +129,7 @@ def _panel(item: Panel, choices: Sequence[str], borders: Sequence[float], most: 
             parts.append(
                 element("line", x1=left, x2=left, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="border")
             )
-        if right - left > 12 or k in {0, len(borders) - 2}:
+        if right - left > 12 or k in {0, tasks - 1}:
             words = f"task {k + 1}" if right - left > 38 else str(k + 1)
             parts.append(text((left + right) / 2, _HEIGHT - 8, words, class_="tick middle"))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -133,7 +141,8 @@ def _panel(item: Panel, choices: Sequence[str], borders: Sequence[float], most: 
         mine = sorted((line for line in item.lines if line.key == k), key=lambda line: line.main)
         drawn = []
         for line in mine:
-            x, y = thin(line.x, line.y, most)
+            place = np.interp(line.x, item.borders, np.arange(len(item.borders)))
+            x, y = thin(place, line.y, most)
             points = [across(v) for v in x.tolist()], [up(v) for v in y.tolist()]
             drawn.append(polyline(*points, class_="main" if line.main else "seed"))
         if not drawn:
