@@ -101,7 +101,10 @@ def undisturbed(model: nn.Module, *, mode: bool | None = None) -> Iterator[None]
     with random_state_kept(device_of(model)), aside():
         try:
             if mode is not None:
-                model.train(mode)
+                # Not model.train(mode): one that was overridden may do more than set flags, and
+                # what it does would not be undone.
+                for module, _ in flags:
+                    module.training = mode
             yield
         finally:
             for module, flag in flags:
