@@ -102,3 +102,13 @@ def test_models_for_the_other_kind_are_refused(digits):
 def test_texts_must_be_prepared():
     with pytest.raises(UsageError, match=r"prepare.*minilm"):
         models.build("minilm", texts(), gen(0))
+
+
+def test_models_are_made_on_the_cpu_whatever_the_default_device(digits):
+    with torch.device("meta"):
+        model = models.build("cnn", digits, gen(0))
+        model.grow(2, gen(1))
+    plain = models.build("cnn", digits, gen(0))
+    plain.grow(2, gen(1))
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q), name

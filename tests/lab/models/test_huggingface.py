@@ -226,6 +226,35 @@ def test_a_convolutional_model_without_a_processor(tmp_path):
     assert model.features(torch.zeros(2, *stream.shape)).shape == (2, 12)
 
 
+def test_without_a_class_token_positions_are_averaged(tmp_path):
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, num_channels=3, embed_dim=8, depths=[1], num_heads=[2], window_size=4
+    )  # fmt: skip
+    transformers.SwinModel(config).save_pretrained(tmp_path)
+    stream = models.prepare(f"hf:{tmp_path}", pictures(channels=1))
+    model = models.build(f"hf:{tmp_path}", stream, gen(0)).eval()
+    x, _ = next(stream.batches(stream.tasks[0].train, 2))
+    plain = transformers.SwinModel.from_pretrained(tmp_path).eval()
+    expected = plain(pixel_values=x).last_hidden_state.mean(1)
+    torch.testing.assert_close(model.features(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_colour_for_a_grey_model_is_averaged(tmp_path):
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, num_channels=1, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    raw = pictures(channels=3)
+    stream = models.prepare(f"hf:{tmp_path}", raw)
+    assert stream.shape == (1, 16, 16)
+    x, _ = next(stream.batches(stream.tasks[0].train, 6))
+    expected = (raw.tasks[0].train.inputs.float().mean(1, keepdim=True) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match=r"no features.*prepare"):
+        models.build(f"hf:{tmp_path}", raw, gen(0))
+
+
 def test_the_wrong_kind_names_what_fits(bert):
     with pytest.raises(UsageError, match=r"bert.*texts.*mlp, cnn, vit"):
         models.prepare(f"hf:{bert}", pictures())

@@ -98,3 +98,9 @@ def test_an_empty_folder_and_one_class(tmp_path):
     fill(tmp_path / "only", range(8))
     with pytest.raises(UsageError, match=r"1 class .*2 or more"):
         load(StreamConfig(data=str(tmp_path)))
+
+
+def test_a_folder_of_parquet_files_gets_a_hint(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match=r"hf:"):
+        load(StreamConfig(data=str(tmp_path)))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -103,6 +105,19 @@ def test_an_image_folder_is_read_through_the_library(tmp_path):
     stream = load(StreamConfig(data=f"hf:{tmp_path / 'pets'}", tasks=1))
     assert set(stream.class_names) == {"cat", "dog"}
     assert stream.shape == (1, 4, 4)
+
+
+def test_images_outside_the_data_set_are_not_read(tmp_path):
+    (tmp_path / "secret.png").write_bytes(picture(7))
+    struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 10
+    (tmp_path / "pets").mkdir()
+    pq.write_table(
+        pa.table({"image": pa.array(cells, struct), "label": [0, 1] * 5}),
+        tmp_path / "pets" / "train.parquet",
+    )
+    with pytest.raises(DataError, match=r"secret.png.*outside"):
+        load(StreamConfig(data=f"hf:{tmp_path / 'pets'}"))
 
 
 def test_a_data_set_that_is_nowhere():

@@ -63,7 +63,7 @@ class GrowingHead(nn.Module):
         if len(self.blocks):
             last = next(self.blocks[-1].parameters())
             device, dtype = device or last.device, dtype or last.dtype
-        block: nn.Linear = nn.utils.skip_init(nn.Linear, self.width, n_classes)  # pyright: ignore[reportAssignmentType]
+        block: nn.Linear = nn.utils.skip_init(nn.Linear, self.width, n_classes, device="cpu")  # pyright: ignore[reportAssignmentType]
         bound = 1.0 / math.sqrt(self.width)
         with torch.no_grad():
             block.weight.uniform_(-bound, bound, generator=generator)

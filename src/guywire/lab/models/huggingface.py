@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     Args:
         model: a ``PreTrainedModel`` without a head.
-        kind: ``image`` takes the first token (or the mean over positions, where there is none),
+        kind: ``image`` takes the class token (or the mean over positions, where there is none),
             ``text`` the mean over tokens that are not padding.
         width: number of features.
     """
@@ -41,6 +41,10 @@ class Encoder(nn.Module):
         self.model = model
         self.kind = kind
         self.width = width
+        self.first = any(
+            name.rsplit(".", 1)[-1] in ("cls_token", "class_embedding")
+            for name, _ in model.named_parameters()
+        )
 
     def forward(
         self,
@@ -66,7 +70,9 @@ class Encoder(nn.Module):
             if pixel_values is None:
                 raise UsageError("this model reads images, and the batch has tokens")
             hidden = self.model(pixel_values=pixel_values).last_hidden_state
-            return hidden[:, 0] if hidden.dim() == 3 else hidden.mean((2, 3))
+            if hidden.dim() == 4:
+                return hidden.mean((2, 3))
+            return hidden[:, 0] if self.first else hidden.mean(1)
         if input_ids is None:
             raise UsageError("this model reads tokens, and the batch has images")
         if attention_mask is None:
@@ -157,7 +163,7 @@ def pretrained(source: str, stream: Stream, label: str) -> Encoder:
     if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         model.pooler = None  # features are taken before it, so it would never get a gradient
     model.train()
-    return Encoder(model, stream.kind, _width(model, stream))
+    return Encoder(model, stream.kind, _width(model, stream, label))
 
 
 def tokenised(source: str, stream: Stream, label: str) -> Stream:
@@ -255,7 +261,10 @@ def as_images(source: str, stream: Stream, label: str) -> Stream:
             processor = transformers.AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError, ImportError):
         note = f"{label} comes without an image processor: the stream's own normalisation stays"
-        return replace(stream, size=size, channels=channels, notes=(*stream.notes, note))
+        own = {"mean": stream.mean, "std": stream.std}
+        if channels != stream.shape[0]:
+            own = {key: value.mean().reshape(1) for key, value in own.items() if value is not None}
+        return replace(stream, size=size, channels=channels, notes=(*stream.notes, note), **own)
     if size is None:
         given = getattr(processor, "crop_size", None) or processor.size
         size = given.get("height") or given.get("shortest_edge")
@@ -312,15 +321,22 @@ def _without_dropout(model: Any) -> None:
                 setattr(module, key, 0.0)
 
 
-def _width(model: Any, stream: Stream) -> int:
+def _width(model: Any, stream: Stream, label: str) -> int:
     """Number of features, from one forward pass over a blank sample."""
     was = model.training
     encoder = Encoder(model.eval(), stream.kind, 0)
-    with torch.no_grad():
-        if stream.kind == "image":
-            features = encoder(torch.zeros(1, *stream.shape))
-        else:
-            features = encoder(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    try:
+        with torch.no_grad():
+            if stream.kind == "image":
+                features = encoder(torch.zeros(1, *stream.shape))
+            else:
+                features = encoder(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    except (RuntimeError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise UsageError(
+            f"the model {label!r} makes no features of the {stream.kind}s of {stream.name!r} "
+            f"({' '.join(str(error).split())[:200]}): pass what prepare({label!r}, stream) returns, "
+            "or use another model"
+        ) from error
     model.train(was)
     return features.shape[-1]
 

@@ -35,7 +35,8 @@ class StreamConfig(BaseModel):
         image_size: side in pixels to which images are brought (shorter side scaled, centre cut).
         valid_fraction: share of what is not test data that is kept for validation.
         test_fraction: share kept for testing, where the data set has no test part of its own.
-        max_per_class: at most so many samples of a class, test data included.
+        max_per_class: at most so many samples of a class, test data included (a share of
+            ``test_fraction`` of them, where the data set has its own test part).
         min_per_class: classes with fewer samples are left out.
         class_order: ``seed`` shuffles the classes by ``seed``; ``given`` takes integers by size and
             names in the order in which they appear.

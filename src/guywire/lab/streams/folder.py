@@ -55,6 +55,8 @@ def folder_table(root: Path, config: StreamConfig) -> Table:
                 left_out += outside
                 columns += [(group.name, domain.name, part)] * len(found)
     if not files:
+        if any(root.rglob("*.parquet")):
+            raise UsageError(f"{root} holds parquet files: name one of them, or say hf:{root}")
         layout = "DOMAIN/CLASS/" if config.scenario == "domain" else "CLASS/"
         raise UsageError(
             f"no images were found under {root}/{layout} ({len(top)} sub-folders, endings "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,29 @@ def hub_table(name: str, config: StreamConfig) -> Table:
         f"hf:{name}",
         class_names=tuple(feature.names) if hasattr(feature, "names") else None,
         part=np.concatenate(codes) if len(codes) > 1 else None,
-        file_of=Path,  # the library put these files where they are
+        file_of=_within(_roots(datasets, name)),
     )
     return table if not notes else _with_notes(table, notes)
+
+
+def _roots(datasets: Any, name: str) -> list[Path]:
+    """Return the folders in which a data set may keep images as files of their own."""
+    settings = datasets.config
+    homes = (settings.HF_CACHE_HOME, settings.HF_DATASETS_CACHE)
+    folder = Path(name).expanduser()
+    return [Path(home).resolve() for home in (*homes, *([folder] if folder.is_dir() else []))]
+
+
+def _within(roots: list[Path]) -> Callable[[str], Path]:
+    def file_of(path: str) -> Path:
+        file = Path(path).resolve()
+        if not any(file.is_relative_to(root) for root in roots):
+            raise DataError(
+                f"the image {path} lies outside the data set's folder and the cache: it is not read"
+            )
+        return file
+
+    return file_of
 
 
 def _load(datasets: Any, name: str) -> dict[str, Any]:

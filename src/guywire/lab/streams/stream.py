@@ -124,7 +124,7 @@ class Stream:
         std: standard deviation of each channel, likewise.
         pad_id: the token that pads, once texts are tokenised.
         size: side to which images are scaled when a batch is made; ``None`` leaves them.
-        channels: number of channels in a batch; one grey channel is repeated to fill it.
+        channels: number of channels in a batch; grey is repeated, colours are averaged to fit.
         notes: what was left out, and why, in sentences.
         samples: of texts, a few of each task as ``(text, class number)``.
     """
@@ -180,7 +180,10 @@ class Stream:
                 f"the texts of {self.name!r} are not tokenised yet: call "
                 "guywire.lab.models.prepare(model_name, stream) first"
             )
-        order = None if generator is None else torch.randperm(len(split), generator=generator)
+        order = None
+        if generator is not None:
+            where = generator.device
+            order = torch.randperm(len(split), generator=generator, device=where).cpu()
         make = self._tokens if self.kind == "text" else self._images()
         for start in range(0, len(split), batch_size):
             if order is None:
@@ -256,7 +259,8 @@ class Stream:
                 shape = (self.size, self.size)
                 x = functional.interpolate(x, shape, mode="bilinear", antialias=True)
             if self.channels is not None and x.shape[1] != self.channels:
-                x = x.expand(-1, self.channels, -1, -1).contiguous()
+                # Grey is repeated, colours are averaged.
+                x = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
             return torch.addcmul(shift, x, scale), labels
 
         return make
