@@ -307,7 +307,7 @@ class _Estimate:
             count = float(sums.count)
             for i, name in enumerate(plain):
                 totals[name] = getattr(sums, f"total{i}")
-            for name in totals.keys() - plain.keys():
+            for name in [n for n in totals if n not in plain]:  # in the same order everywhere
                 totals[name] = self.processes.shard(totals[name], self.params[name])
         if count == 0:
             raise DataError(
