@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from guywire.lab.report import render
 
@@ -130,6 +132,38 @@ def test_every_figure_is_drawn(browser: Any, pages: Any, width: int) -> None:
     assert pictures == [True] * 5
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_three_digits_fit_in_a_cell_of_a_matrix(browser: Any, pages: Any, width: int) -> None:
+    open_page(browser, pages["finished"], width)
+    heights = browser.execute_script(
+        """
+        const cells = [...document.querySelectorAll(".heat td[class^=h]")];
+        const before = Math.max(...cells.map((c) => c.getBoundingClientRect().height));
+        cells.forEach((c) => (c.textContent = "100"));
+        return [before, ...cells.map((c) => c.getBoundingClientRect().height)];
+        """
+    )
+    assert max(heights) <= heights[0] + 0.5
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.heat td')].map((c) => c.scrollWidth - c.clientWidth)"
+    )
+    assert max(wide) <= 0
+
+
+def test_the_readmes_picture_is_taken(browser: Any, pages: Any, tmp_path: Path) -> None:
+    path = Path(__file__).parents[3] / "docs" / "screenshot.py"
+    spec = importlib.util.spec_from_file_location("screenshot", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with Image.open(module.render_screenshot(pages["finished"], tmp_path / "a.png", 900)) as shot:
+        assert shot.width == 900
+        assert 1000 < shot.height < 2600
+        assert len(shot.convert("RGB").getcolors(1 << 24)) > 50
+    assert (tmp_path / "a.png").stat().st_size < 300_000
+
+
 @pytest.mark.parametrize(
     ("name", "width", "scheme"),
     [
@@ -214,8 +248,6 @@ def test_no_keyboard_trap_and_a_way_past_the_header(browser: Any, pages: Any) ->
 @pytest.fixture(scope="module")
 def write() -> Callable[..., Path]:
     """The writer of simulated runs, for folders that live as long as this module."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location(
         "report_runs", Path(__file__).with_name("conftest.py")
     )

@@ -25,8 +25,10 @@ def test_overlapping_intervals_are_said_to_be() -> None:
 
 def test_one_seed_ranks_nothing() -> None:
     headline, _ = sentences({"a": around(0.3, None), "b": around(0.1, None)}, {}, {})
-    assert "one seed gives no interval" in headline
-    assert "cannot tell it from a" in headline
+    assert "one seed, all there is of b and a, gives no interval" in headline
+    assert "cannot tell them apart" in headline
+    mixed, _ = sentences({"a": around(0.3, None), "b": around(0.1)}, {}, {})
+    assert "one seed, all there is of a, gives no interval" in mixed
 
 
 def test_joint_training_takes_no_part() -> None:

@@ -134,7 +134,7 @@ def _notices(run: Run) -> tuple[Notice, ...]:
         words = f"{len(lost)} of {total} trials failed; the numbers below are without {'it' if len(lost) == 1 else 'them'}."
         notices.append(Notice(words, tuple(f"{t.name}: {t.note}" for t in lost)))
     if open_:
-        words = f"This run is not finished: {len(open_)} of {total} trials have no result; --resume goes on with it."
+        words = f"This run is not finished: {len(open_)} of {total} trials {'has' if len(open_) == 1 else 'have'} no result; --resume goes on with it."
         notices.append(Notice(words, tuple(f"{t.name}: {t.note}" for t in open_)))
     status = str(run.info.get("status") or "")
     if status not in {"", "done", "finished", "complete", "completed", "ok"} and not notices:

@@ -37,10 +37,10 @@ def summary(run: Run, order: Sequence[str], found: Summaries, marks: Marks) -> S
     note = (
         "Forgetting: how much accuracy a task lost between the moment it was learnt and the end, mean over "
         "tasks (less is better). min-ACC: the worst accuracy that each earlier task fell to at any step, mean "
-        "over tasks. WC-ACC: the same together with the last task, a lower bound of the accuracy at all times."
+        "over tasks. WC-ACC: the same together with the last task, a lower bound of the average accuracy at the end."
     )
     table = measures_table(
-        "Mean over seeds, with the 95% interval below it",
+        "Mean over seeds, with its 95% interval (Student's t) below",
         run,
         order,
         found,
@@ -290,7 +290,7 @@ def again(run: Run) -> Section:
     blocks.append(
         Code(
             "The same run from its resolved configuration (save it as config.toml):",
-            "guywire compare --config config.toml",
+            "guywire compare config.toml --out again",
         )
     )
     if run.config_text:

@@ -55,26 +55,26 @@ def number(value: Interval | None, share: bool) -> Cell:
     """A mean with its interval as a cell; a share is written in per cent."""
     if value is None:
         return Cell("–", sort="")
-    if share:
-        detail = (
-            ""
-            if value.low is None or value.high is None
-            else f"{percent(value.low)} to {percent(value.high)}"
-        )
-        return Cell(percent(value.mean), detail, value.mean)
-    detail = (
-        ""
-        if value.low is None or value.high is None
-        else f"{plain(value.low)} to {plain(value.high)}"
-    )
-    return Cell(plain(value.mean), detail, value.mean)
+    words = percent if share else plain
+    detail = ""
+    if value.low is not None and value.high is not None:
+        low, high = words(value.low), words(value.high)
+        # What is the same for every seed (megabytes, say) needs no interval.
+        detail = "" if not share and low == high else f"{low} to {high}"
+    return Cell(words(value.mean), detail, value.mean)
 
 
 def plain(value: float) -> str:
-    """Three digits that mean something."""
+    """Two or three digits that mean something.
+
+    >>> [plain(v) for v in (1234.5, 12.34, 0.123, 0.001, 0.0)]
+    ['1234', '12.3', '0.12', '< 0.01', '0']
+    """
     size = abs(value)
+    if 0 < size < 0.005:
+        return "< 0.01"
     text = f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
-    return text if float(text) else "0"
+    return text if size else "0"
 
 
 def measures_table(

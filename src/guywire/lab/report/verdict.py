@@ -74,9 +74,11 @@ def sentences(
             f"{best} forgot {said}; with no other method there is nothing to compare it with."
         )
     elif any(forgetting[m].low is None for m in ways[:2]):
+        bare = join([m for m in ways[:2] if forgetting[m].low is None])
         headline = (
-            f"{best} forgot least here, {said}, but one seed gives no interval, so these numbers "
-            f"cannot tell it from {ways[1]} ({percent(forgetting[ways[1]].mean)} points)."
+            f"{best} forgot least here, {said}, before {ways[1]} with "
+            f"{percent(forgetting[ways[1]].mean)}; but one seed, all there is of {bare}, gives no "
+            "interval, so these numbers cannot tell them apart."
         )
     else:
         near = [m for m in ways[1:] if forgetting[m].overlaps(least)]

@@ -52,7 +52,7 @@ def plane(
     """
     drawings = [
         _draw(points, x_title, y_title, summary, better, ceiling, width, height, kind)
-        for width, height, kind in ((860, 460, "wide"), (350, 380, "narrow"))
+        for width, height, kind in ((1080, 480, "wide"), (350, 380, "narrow"))
     ]
     return Markup("").join(drawings)
 
