@@ -8,13 +8,14 @@ weight gradients at once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -211,7 +212,11 @@ class Recorder:
                 handles.append(m.register_forward_hook(self._called, with_kwargs=True))
             for m in self.attention:
                 if "forward" not in m.__dict__:
-                    stand_in = Attention(m, partial(self._project, m), partial(self._repeat, m))
+                    stand_in = Attention(
+                        cast(nn.MultiheadAttention, m),
+                        partial(self._project, m),
+                        partial(self._repeat, m),
+                    )
                     object.__setattr__(m, "forward", stand_in)
                     patched.append(m)
             yield
@@ -560,7 +565,7 @@ def _repeated(shape: torch.Size, call: Call) -> Build:
     return build
 
 
-def _splits_positions(module: nn.Module, layout: Layout, output: Tensor) -> bool:
+def _splits_positions(module: Any, layout: Layout, output: Tensor) -> bool:
     """Say whether the batch lies in a dimension over which the layer's weights are shared."""
     if layout.kind == "alone":
         return True
@@ -580,7 +585,7 @@ def _disjoint(uses: list[Rows]) -> bool:
     if any(rows is None for rows in uses):
         return False
     spans = sorted(rows for rows in uses if rows is not None)
-    return all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
 def _widened(piece: Piece, rows: tuple[int, int], shape: torch.Size) -> Piece:

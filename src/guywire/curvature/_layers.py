@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class Call:
         dtype: of the sums.
     """
 
-    module: nn.Module
+    module: Any
     x: Tensor
     output: Tensor
     wanted: frozenset[str]
@@ -46,7 +47,7 @@ class Call:
 Rule = Callable[[Call], Build | None]
 
 
-def rule_for(module: nn.Module) -> Rule | None:
+def rule_for(module: Any) -> Rule | None:
     """Return the rule for a layer, or ``None`` if there is none for its type.
 
     A subclass that overrides the forward pass is another type.
@@ -147,7 +148,7 @@ def _conv(call: Call) -> Build | None:
     def build(g: Tensor) -> dict[str, Piece]:
         pieces: dict[str, Piece] = {}
         g = call.split(g)
-        n, k = g.shape[:2]
+        k = g.shape[1]
         if "bias" in call.wanted:
             pieces["bias"] = Direct(g.flatten(3).sum(3).sum(1), call.dtype)
         if "weight" in call.wanted:
@@ -167,7 +168,7 @@ def _conv(call: Call) -> Build | None:
     return build
 
 
-def _windows(conv: nn.Module, x: Tensor, out: torch.Size) -> Tensor:
+def _windows(conv: Any, x: Tensor, out: torch.Size) -> Tensor:
     """Return the inputs that each output position sees, ``[B, C * kernel, positions]``."""
     spatial = len(conv.kernel_size)
     if conv.padding_mode != "zeros" or conv.padding == "same":
@@ -280,7 +281,7 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-_RULES: list[tuple[type[nn.Module], Rule]] = [
+_RULES: list[tuple[Any, Rule]] = [
     (nn.Linear, _linear),
     (nn.Conv1d, _conv),
     (nn.Conv2d, _conv),

@@ -104,7 +104,7 @@ def diagonal_fisher(
     inner = unwrap(model)
     for module in inner.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # FSDP2 may have left parameters gathered
+            module.reshard()  # pyright: ignore[reportCallIssue]  # FSDP2 may have left parameters gathered
     params = select_parameters(inner, select)
     with quiet(inner):
         estimate = _Estimate(inner, params, labels, unit, generator, Processes(model))
@@ -207,7 +207,7 @@ class _Estimate:
                     failed = error
                 if failed is not None or self._differs(logits, n):
                     recorder.unusable.append("a layer is shared by all samples")
-                if not self.processes.any(self._unsettled()):
+                if not self.processes.any(self._unsettled()) and logits is not None:
                     recorder.probe = None
                     self._passes(logits, batch, given, counts)
                     return True
