@@ -62,7 +62,7 @@ def replay_balanced(**keywords):
 
 
 def gem(**keywords):
-    return gw.GEM(**{"memory_per_task": 16} | keywords)
+    return gw.GEM(**{"memory_per_task": 64} | keywords)
 
 
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"

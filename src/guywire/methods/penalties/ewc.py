@@ -215,8 +215,9 @@ class EWC(Regularizer):
         self._binding.bind(model, self.select, self.strength)
         params = self._binding.params
         generator = torch.Generator().manual_seed(self.seed + self.tasks_)
+        wires = getattr(self, "_wires", None)
         importances = diagonal_fisher(
-            model,
+            model if wires is None else wires.model,  # DDP's wrapper says with whom to sum
             data,
             labels=self.labels,
             unit=self.unit,
