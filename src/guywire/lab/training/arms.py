@@ -54,6 +54,15 @@ class Part:
         return getattr(guywire, self.export) if self.export else None
 
 
+# How the strengths were chosen: on the default stream and model with the default training, by the
+# mean accuracy on *validation* data (a fifth of each task's training data) over three seeds that no
+# default run uses. Grids: l2 0.001 to 1 and l1 0.00001 to 0.01 by half decades, ewc 10 to 10000,
+# lwf 0.3 to 10, feature-distillation 0.001 to 1. What came out, in per cent, where plain training
+# has 19.9 and joint training 97: l2 29.1 at 0.3 (28.2 at 1, 24.3 at 0.03); l1 20.9 at 0.01, the
+# grid's edge; ewc 23.5 at 300 and 21.5 at 100, which is taken because 1000 diverges under SGD; lwf
+# 19.8 and feature-distillation 20.0 at their best: in this scenario they hold nothing with a
+# softmax over all classes, at any strength. Replay's capacity is a budget and was not tuned: 100
+# samples, 8% of the data, reach 89.2.
 _ALL = (
     Part(
         "finetune",
@@ -84,7 +93,7 @@ _ALL = (
         "The cheapest thing that helps when the model is pretrained. From random weights it buys "
         "little: all weights are held alike.",
         "L2",
-        {"strength": 0.01},
+        {"strength": 0.3},
     ),
     Part(
         "l1",
@@ -92,7 +101,7 @@ _ALL = (
         "pull towards the last task's weights, few of them moving",
         "As l2, when a sparse change of the weights is wanted.",
         "L1",
-        {"strength": 1e-4},
+        {"strength": 0.01},
     ),
     Part(
         "ewc",
@@ -116,6 +125,7 @@ _ALL = (
         "keep the previous model's features on new data",
         "To hold the representation rather than the outputs; the head must be helped otherwise.",
         "FeatureDistillation",
+        {"strength": 0.01},
     ),
     Part(
         "replay",
@@ -123,6 +133,7 @@ _ALL = (
         "keep some old samples and train on them again",
         "Whenever a few old samples may be kept: it is hard to beat.",
         "Replay",
+        {"capacity": 100},
     ),
     Part(
         "gem",

@@ -107,10 +107,10 @@ class Training(BaseModel):
 
     epochs: int = Field(default=10, ge=1)
     batch_size: int = Field(default=32, ge=1)
-    lr: float | None = Field(default=None, gt=0.0)
+    lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     loss: Literal["softmax", "masked", "sigmoid"] = "softmax"
     threads: int = Field(default=1, ge=1)
     evaluation: EvaluationConfig = EvaluationConfig()

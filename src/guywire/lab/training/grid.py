@@ -7,6 +7,7 @@ whose parent vanishes (SIGKILL) ends itself, so that a resumed run never meets a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 
 from guywire.core import checkpoint
 from guywire.core.errors import GuywireError
+from guywire.lab import models, streams
+from guywire.lab.streams import Stream, StreamConfig
 from guywire.lab.training.config import TrialSpec
 
 __all__ = ["Outcome", "default_workers", "run_grid"]
@@ -114,7 +117,11 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "error.json").unlink(missing_ok=True)
-        return {"result": run_trial(spec, directory, resume)}
+        return {
+            "result": run_trial(
+                spec, directory, resume, _stream(spec.stream.model_dump_json(), spec.model)
+            )
+        }
     except GuywireError as error:
         why, trace = str(error), None
     except Exception as error:
@@ -122,6 +129,12 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
     with contextlib.suppress(GuywireError):  # the disk may be what failed
         checkpoint.write_json(directory / "error.json", {"error": why, "traceback": trace})
     return {"error": why}
+
+
+@functools.lru_cache(maxsize=1)
+def _stream(config: str, model: str) -> Stream:
+    """Load data; those of the last trial stay in memory for the next."""
+    return models.prepare(model, streams.load(StreamConfig.model_validate_json(config)))
 
 
 class _Worker:

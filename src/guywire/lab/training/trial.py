@@ -201,6 +201,7 @@ class Trial:
             The content of ``result.json``.
         """
         tasks = len(self.stream.tasks)
+        trained = self.position.task < tasks
         try:
             while self.position.task < tasks:
                 task = self.position.task
@@ -209,7 +210,7 @@ class Trial:
                     self.save()
                 self._train(task)
                 self._end(task)
-            if self._begun or not (self.directory / _STATE).is_file():
+            if trained:
                 self.save()
         finally:
             self._let_go()
@@ -223,12 +224,7 @@ class Trial:
             CheckpointError: the file cannot be written.
         """
         self._clock()
-        for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(
-                    f"{self.spec.id}: {name!r} is NaN or infinite after step {self.position.step}: "
-                    f"{_REMEDY}; the last good state is in {self.directory / _STATE}"
-                )
+        self._check_finite()
         p, r = self.position, self.record
         checkpoint.save(
             self.directory / _STATE,
@@ -367,8 +363,15 @@ class Trial:
     def _end(self, task: int) -> None:
         assert self.wires is not None
         loader = self.stream.loader(self.stream.tasks[task].train, self.spec.batch_size)
-        with self._task_given(task):
-            self.wires.consolidate(loader)
+        self._check_finite()
+        try:
+            with self._task_given(task):
+                self.wires.consolidate(loader)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{self.spec.id}: at the end of task {task}, after step {self.position.step}: {error}; "
+                f"{_REMEDY}; the last good state is in {self.directory / _STATE}"
+            ) from error
         self.record.extra_memory = max(self.record.extra_memory, self._extra_memory(task))
         self._clock()
         if self.monitor is not None:
@@ -441,6 +444,14 @@ class Trial:
                         f"task {index} ({task.name!r}) has {part} labels {sorted(strange)}, which lie "
                         f"outside its classes {list(task.classes)}: correct the labels"
                     )
+
+    def _check_finite(self) -> None:
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NonFiniteError(
+                    f"{self.spec.id}: {name!r} is NaN or infinite after step {self.position.step}: "
+                    f"{_REMEDY}; the last good state is in {self.directory / _STATE}"
+                )
 
     def _clock(self) -> None:
         """Book the time since the last booking: on training, or on looking."""
