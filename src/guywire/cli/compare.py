@@ -79,19 +79,23 @@ def results_table(results: list[dict[str, Any]], title: str = "") -> Table:
         The table.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for heading, *_ in _COLUMNS:
         table.add_column(heading, justify="right")
     seeds = {entry["seeds"] for entry in results}
     for entry in results:
         fewer = f" ({entry['seeds']} seeds)" if entry["seeds"] < max(seeds) else ""
-        cells = [console.number(entry[name], scale, digits) for _, name, scale, digits in _COLUMNS]
+        cells = [
+            console.number(entry[name], scale, digits).replace(" [", "\n[")
+            for _, name, scale, digits in _COLUMNS
+        ]
         table.add_row(escape(entry["method"] + fewer), *map(escape, cells))
     return table
 
 
-def _option(*names: str, text: str, panel: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+def _option(*names: str, text: str, panel: str, metavar: str | None = None) -> Any:
+    # Numbers come as words and are read with all other settings: one way to say what is wrong.
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar)
 
 
 def _compare(
@@ -116,7 +120,9 @@ def _compare(
             panel=_DATA,
         ),
     ] = None,
-    tasks: Annotated[int | None, _option("--tasks", text="How many tasks.", panel=_DATA)] = None,
+    tasks: Annotated[
+        str | None, _option("--tasks", text="How many tasks.", panel=_DATA, metavar="N")
+    ] = None,
     image_column: Annotated[
         str | None, _option("--image-column", text="Column of images.", panel=_DATA)
     ] = None,
@@ -135,10 +141,11 @@ def _compare(
         _option("--subject-column", text="Column of subjects, held out whole.", panel=_DATA),
     ] = None,
     image_size: Annotated[
-        int | None, _option("--image-size", text="Scale images to this side.", panel=_DATA)
+        str | None,
+        _option("--image-size", text="Scale images to this side.", panel=_DATA, metavar="PIXELS"),
     ] = None,
     max_per_class: Annotated[
-        int | None, _option("--max-per-class", text="Use fewer samples.", panel=_DATA)
+        str | None, _option("--max-per-class", text="Use fewer samples.", panel=_DATA, metavar="N")
     ] = None,
     model: Annotated[
         str | None,
@@ -160,12 +167,14 @@ def _compare(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, _option("--epochs", text="Passes over each task.", panel=_TRAIN)
+        str | None, _option("--epochs", text="Passes over each task.", panel=_TRAIN, metavar="N")
     ] = None,
     batch_size: Annotated[
-        int | None, _option("--batch-size", text="Samples a step.", panel=_TRAIN)
+        str | None, _option("--batch-size", text="Samples a step.", panel=_TRAIN, metavar="N")
     ] = None,
-    lr: Annotated[float | None, _option("--lr", text="Learning rate.", panel=_TRAIN)] = None,
+    lr: Annotated[
+        str | None, _option("--lr", text="Learning rate.", panel=_TRAIN, metavar="RATE")
+    ] = None,
     optimizer: Annotated[
         str | None, _option("--optimizer", text="sgd, adam or adamw.", panel=_TRAIN)
     ] = None,
@@ -178,15 +187,19 @@ def _compare(
         ),
     ] = None,
     seed: Annotated[
-        int | None, _option("--seed", text="Of the whole comparison.", panel=_RUN)
+        str | None, _option("--seed", text="Of the whole comparison.", panel=_RUN, metavar="N")
     ] = None,
-    seeds: Annotated[int | None, _option("--seeds", text="Repetitions.", panel=_RUN)] = None,
+    seeds: Annotated[
+        str | None, _option("--seeds", text="Repetitions.", panel=_RUN, metavar="N")
+    ] = None,
     workers: Annotated[
-        int | None,
-        _option("--workers", text="Processes; by default one a core; 0: none.", panel=_RUN),
+        str | None,
+        _option(
+            "--workers", text="Processes; by default one a core; 0: none.", panel=_RUN, metavar="N"
+        ),
     ] = None,
     threads: Annotated[
-        int | None, _option("--threads", text="Threads of each trial.", panel=_RUN)
+        str | None, _option("--threads", text="Threads of each trial.", panel=_RUN, metavar="N")
     ] = None,
     out: Annotated[
         Path | None, _option("--out", text="The run's folder; by default new in runs/.", panel=_RUN)

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,26 @@ from torch import Tensor
 import guywire
 from guywire.core import batches, checkpoint
 from guywire.core.attach import Wires
-from guywire.core.errors import CheckpointError, DataError, NonFiniteError
+from guywire.core.errors import CheckpointError, NonFiniteError
 from guywire.lab import models, streams
 from guywire.lab.streams import Split, Stream
 from guywire.lab.training import arms, evaluate, optimizers
 from guywire.lab.training.config import TrialSpec
 from guywire.lab.training.criterion import Criterion
+from guywire.lab.training.record import (
+    Position,
+    Record,
+    bytes_in,
+    check_data,
+    result_of,
+    split_bytes,
+)
 from guywire.lab.training.seeding import generator, seed_of
 
-__all__ = ["Trial", "deterministic", "run_trial", "weights_hash"]
+__all__ = ["Trial", "deterministic", "run_trial"]
 
 _STATE = "state.safetensors"
 _PROGRESS_SECONDS = 0.5
-_MB = 1e6
 
 
 def run_trial(
@@ -107,54 +113,6 @@ def deterministic(threads: int) -> Iterator[None]:
             torch.set_num_threads(before[0])
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """Return a hash of every parameter and buffer of a model, bit for bit.
-
-    Args:
-        model: any module.
-
-    Returns:
-        SHA-256 in hex.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@dataclass
-class Position:
-    """Where a trial stands.
-
-    Attributes:
-        task: being trained; the number of tasks when all are done.
-        epoch: within the task.
-        batch: batches done within the epoch.
-        step: optimiser steps done in all.
-    """
-
-    task: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-
-
-@dataclass
-class Record:
-    """What a trial has measured so far."""
-
-    losses: list[float] = field(default_factory=list)
-    loss_tasks: list[int] = field(default_factory=list)
-    matrix: list[list[float | None]] = field(default_factory=list)
-    pooled: float = math.nan
-    extra_memory: int = 0
-    seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-
-
 class Trial:
     """The state of one trial and its loop.
 
@@ -176,7 +134,7 @@ class Trial:
             spec.epochs * math.ceil(len(self._train_split(t)) / spec.batch_size)
             for t in range(len(stream.tasks))
         ]
-        self._check_data()
+        check_data(stream)
         self.position = Position()
         self.record = Record()
         self.optimizer: torch.optim.Optimizer | None = None
@@ -420,30 +378,15 @@ class Trial:
 
     def _extra_memory(self, task: int) -> int:
         assert self.wires is not None
-        held = _bytes_in(self.wires.state_dict(), set())
+        held = bytes_in(self.wires.state_dict())
         if self.arm.joint:  # what it keeps is the data of the past
-            held += sum(_split_bytes(t.train) for t in self.stream.tasks[:task])
+            held += sum(split_bytes(t.train) for t in self.stream.tasks[:task])
         return held
 
     def _generator(self, *purpose: str | int) -> torch.Generator:
         # The first values and the order of samples are the same for every method of one seed, so
         # that methods are compared pair by pair; what a method draws itself has its own seed.
         return generator(self.spec.run_seed, self.spec.seed, *purpose)
-
-    def _check_data(self) -> None:
-        for index, task in enumerate(self.stream.tasks):
-            for part, split in (("train", task.train), ("test", task.test)):
-                if len(split) == 0:
-                    raise DataError(
-                        f"task {index} ({task.name!r}) has no {part} samples: use fewer tasks, "
-                        "more samples a class, or another data set"
-                    )
-                strange = set(split.labels.unique().tolist()) - set(task.classes)
-                if strange:
-                    raise DataError(
-                        f"task {index} ({task.name!r}) has {part} labels {sorted(strange)}, which lie "
-                        f"outside its classes {list(task.classes)}: correct the labels"
-                    )
 
     def _check_finite(self) -> None:
         for name, tensor in self.model.state_dict().items():
@@ -473,53 +416,13 @@ class Trial:
         self._shown_at = time.perf_counter()
 
     def _write_results(self) -> dict[str, Any]:
-        r, spec = self.record, self.spec
-        columns = self._curves()
+        columns = self.record.curves(self.monitor)
         checkpoint.write_parquet(self.directory / "metrics.parquet", columns)
-        metrics = evaluate.summary(r.matrix, r.pooled, self.stream, self.monitor)
-        memory = r.extra_memory / _MB
-        metrics |= {"seconds": r.seconds, "extra_memory_mb": memory}
-        looked: dict[str, Any] = {"enabled": self.monitor is not None}
-        if self.monitor is not None:
-            cost = self.monitor.cost()
-            total = r.seconds + r.evaluation_seconds
-            looked |= {
-                "evaluations": len({o.step for o in self.monitor.curves()}),
-                "mean_gap": cost["mean_gap"],
-                "max_gap": cost["max_gap"],
-                "subset": [min(spec.evaluation.subset, len(t.test)) for t in self.stream.tasks],
-                "seconds": r.evaluation_seconds,
-                "share": r.evaluation_seconds / total if total > 0 else 0.0,
-            }
-        result = {
-            "method": spec.method,
-            "seed": spec.seed,
-            "accuracy_matrix": r.matrix,
-            "metrics": metrics,
-            "seconds": r.seconds,
-            "extra_memory_mb": memory,
-            "steps": self.position.step,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "weights_sha256": weights_hash(self.model),
-            "evaluation": looked,
-        }
+        result = result_of(
+            self.spec, self.model, self.stream, self.position.step, self.record, self.monitor
+        )
         checkpoint.write_json(self.directory / "result.json", result)
         return result
-
-    def _curves(self) -> dict[str, list[Any]]:
-        r = self.record
-        rows: list[tuple[int, int, int, str, float]] = [
-            (i + 1, task, -1, "loss", value)
-            for i, (task, value) in enumerate(zip(r.loss_tasks, r.losses, strict=True))
-        ]
-        if self.monitor is not None:
-            rows += [
-                (o.step, int(o.task), int(o.evaluated), "accuracy", o.value)
-                for o in self.monitor.curves()
-            ]
-        names = ("step", "task", "evaluated", "metric", "value")
-        columns = zip(*rows, strict=True) if rows else ([] for _ in names)
-        return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 
 _REMEDY = "lower --lr or the method's strength"
@@ -528,23 +431,3 @@ _REMEDY = "lower --lr or the method's strength"
 def _identity(spec: TrialSpec) -> str:
     """What must be the same for a state to fit: everything but when states are saved."""
     return hashlib.sha256(spec.model_dump_json(exclude={"checkpoint"}).encode()).hexdigest()
-
-
-def _bytes_in(tree: Any, seen: set[tuple[Any, ...]]) -> int:
-    if isinstance(tree, Tensor):
-        key = (tree.data_ptr(), tree.numel(), tree.dtype)
-        if key in seen:
-            return 0
-        seen.add(key)
-        return tree.numel() * tree.element_size()
-    if isinstance(tree, dict):
-        return sum(_bytes_in(v, seen) for v in tree.values())
-    if isinstance(tree, list | tuple):
-        return sum(_bytes_in(v, seen) for v in tree)
-    return 0
-
-
-def _split_bytes(split: Split) -> int:
-    if isinstance(split.inputs, Tensor):
-        return split.inputs.numel() * split.inputs.element_size()
-    return sum(len(text.encode()) for text in split.inputs)
