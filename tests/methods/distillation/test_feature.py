@@ -9,7 +9,7 @@ from torch import nn
 
 import guywire as gw
 from guywire.core import checkpoint
-from guywire.core.errors import DataError, SelectionError, UsageError
+from guywire.core.errors import CheckpointError, DataError, SelectionError, UsageError
 
 
 def make(dropout=0.0):
@@ -234,3 +234,32 @@ def test_a_layer_that_is_never_called_is_named():
     wires.consolidate()
     with pytest.raises(DataError, match=r"last nn\.Linear was not called"):
         wires.loss((torch.randn(2, 3, 4), torch.tensor([0, 1])))
+
+
+def test_a_layer_that_returns_a_tuple_gives_its_first_tensor_and_states_need_a_model():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.GRU(5, 6, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0][:, -1])
+
+    model = Recurrent()
+    distil = gw.FeatureDistillation(layer="cell", at="output")
+    wires, _ = attach(model, distil)
+    empty = distil.state_dict()
+    wires.consolidate()
+    teacher = copy.deepcopy(model)
+    shake(model)
+    x = torch.randn(4, 7, 5)
+    expected = (model.cell(x)[0] - teacher.cell(x)[0]).square().flatten(1).sum(1).mean()
+    found = wires.loss((x, torch.zeros(4).long()), model(x))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(CheckpointError, match="attach first"):
+        gw.FeatureDistillation().load_state_dict(distil.state_dict())
+    distil.load_state_dict(empty)
+    assert distil.teacher_ is None
+    wires.detach()
+    assert distil.loss((x, None), None) is None

@@ -229,3 +229,49 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         plain.add({"ids": torch.ones(1, 3), "labels": torch.zeros(1)}, make())
     with pytest.raises(UsageError, match="one class number a sample"):
         BalancedBuffer(3).add((torch.ones(2, 1), torch.rand(2)), make())
+
+
+def test_a_new_class_that_brings_less_than_it_displaces_leaves_no_holes():
+    buffer, generator = BalancedBuffer(10), make(6)
+    everything = {}
+    for c, (begin, count) in enumerate([(0, 20), (20, 1), (21, 2), (23, 30)]):
+        x = torch.arange(begin, begin + count)
+        everything[c] = set(x.tolist())
+        buffer.add((x[:, None].float(), torch.full((count,), c)), generator)
+        index, labels = held(buffer)
+        assert len(buffer._keys) == len(index) == len(index.unique())
+        assert all(i in everything[c] for i, c in zip(index.tolist(), labels.tolist(), strict=True))
+    assert buffer.labels.bincount().tolist() == [3, 1, 2, 2]
+    # Keys moved with their rows: each kept row has one of the smallest keys of its class.
+    again = BalancedBuffer(10)
+    again.load_state_dict(buffer.state_dict())
+    assert torch.equal(again._keys, buffer._keys)
+    assert torch.equal(again.labels, buffer.labels)
+
+
+@given(
+    st.integers(1, 20),
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=15), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=100)
+def test_a_balanced_memory_keeps_the_smallest_keys_of_every_class(capacity, parts, seed):
+    buffer, generator, other = BalancedBuffer(capacity), make(seed), make(seed)
+    seen = []  # (class, key, number) of everything offered
+    for labels in parts:
+        keys = torch.rand(len(labels), generator=other, dtype=torch.float64).tolist()
+        numbers = range(len(seen), len(seen) + len(labels))
+        seen += zip(labels, keys, numbers, strict=True)
+        x = torch.tensor(list(numbers), dtype=torch.float32)[:, None]
+        buffer.add((x, torch.tensor(labels)), generator)
+    classes = sorted({c for c, _, _ in seen})
+    expected = set()
+    for position, c in enumerate(classes):
+        quota = capacity // len(classes) + (position < capacity % len(classes))
+        expected |= {n for _, _, n in sorted(row for row in seen if row[0] == c)[:quota]}
+    index, labels = held(buffer)
+    assert set(index.tolist()) == expected
+    assert len(index) == len(expected)
+    assert labels.tolist() == [seen[i][0] for i in index.tolist()]
+    rows = buffer._store.fields["input0"][: len(buffer), 0].long().tolist()
+    assert buffer._keys.tolist() == [seen[i][1] for i in rows]
