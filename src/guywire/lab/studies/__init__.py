@@ -19,6 +19,7 @@ __all__ = ["STUDIES", "load", "module_of"]
 
 STUDIES: dict[str, str] = {
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
+    "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
 }
 """Slug to module; a new study adds its line here."""
 

