@@ -141,7 +141,6 @@ def ours(model: nn.Module, batches: Batches) -> None:
 
 
 def nngeometry(model: nn.Module, batches: Batches) -> None:
-    from nngeometry.layercollection import LayerCollection
     from nngeometry.metrics import FIM
     from nngeometry.object import PMatDiag
 
@@ -156,11 +155,7 @@ def nngeometry(model: nn.Module, batches: Batches) -> None:
         return F.log_softmax(model(d[0]), 1).gather(1, d[1][:, None])
 
     model.eval()
-    layers = LayerCollection.from_model(model)
-    FIM(
-        layer_collection=layers, model=model, loader=loader, representation=PMatDiag,
-        variant="regression", function=logp,
-    )  # fmt: skip
+    FIM(model, loader, PMatDiag, variant="regression", function=logp)
 
 
 def backpack(model: nn.Module, batches: Batches) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_batch_size_changes_nothing(labels, cuts) -> None:
     model = small()
     whole = diagonal_fisher(model, [(x, y)], labels=labels)
     edges = [0, *sorted(cuts), 16]
-    parts = [(x[a:b], y[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(edges)]
     for name, f in diagonal_fisher(model, parts, labels=labels).items():
         torch.testing.assert_close(f, whole[name], rtol=1e-5, atol=1e-6 * float(whole[name].max()))
 

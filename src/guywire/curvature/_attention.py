@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention"]
+from guywire.curvature._layers import Build, Call, linear
+from guywire.curvature._pieces import Direct, Piece
+
+__all__ = ["Attention", "is_attention", "projection_rule", "repeat_rule"]
 
 Project = Callable[[Tensor, str, tuple[int, int] | None, tuple[int, int]], Tensor]
 Repeat = Callable[[str, int], Tensor]
@@ -112,6 +115,36 @@ class Attention:
             self.project(key, "in_proj_weight", (e, 2 * e), (e, 2 * e)),
             self.project(value, "in_proj_weight", (2 * e, 3 * e), (2 * e, 3 * e)),
         )
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Say whether a module is an attention that `Attention` can stand in for."""
+    kind = nn.MultiheadAttention
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def projection_rule(shape: torch.Size, call: Call) -> Build:
+    """The rule for a projection by some rows of a weight, of this shape."""
+
+    def build(g: Tensor) -> dict[str, Piece]:
+        pieces: dict[str, Piece] = {}
+        x = call.x
+        if "weight" in call.wanted:
+            pieces["weight"] = linear(x, g, call.split, shape, call.dtype)
+        if "bias" in call.wanted:
+            pieces["bias"] = Direct(call.split(g).flatten(1, -2).sum(1), call.dtype)
+        return pieces
+
+    return build
+
+
+def repeat_rule(shape: torch.Size, call: Call) -> Build:
+    """The rule for a parameter of this shape that every sample gets a copy of."""
+
+    def build(g: Tensor) -> dict[str, Piece]:
+        return {"p": Direct(call.split(g).flatten(1, -2).sum(1).unflatten(1, shape), call.dtype)}
+
+    return build
 
 
 def _mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,12 +8,10 @@ weight gradients at once.
 
 from __future__ import annotations
 
-import itertools
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,17 +22,14 @@ from torch.utils import _pytree as pytree
 
 from guywire.core import batches
 from guywire.core.errors import UsageError
-from guywire.curvature._attention import Attention
+from guywire.curvature._attention import Attention, projection_rule, repeat_rule
 from guywire.curvature._fallback import LayerCall, batch_dims
-from guywire.curvature._layers import Build, Call, Rule, linear, rule_for
-from guywire.curvature._layout import Layout, find_layout
-from guywire.curvature._pieces import Direct, Lazy, Piece, combine
+from guywire.curvature._layers import Build, Call, Rule
+from guywire.curvature._layout import Layout, expand, find_layout, splits_positions
+from guywire.curvature._pieces import Direct, Lazy, Piece, Rows, combine, disjoint, widened
+from guywire.curvature._routes import Probe, Routes
 
 __all__ = ["Recorder"]
-
-_log = logging.getLogger("guywire.curvature")
-
-Rows = tuple[int, int] | None
 
 
 class _Root(torch.autograd.Function):
@@ -60,18 +55,7 @@ class _Tap:
     what: str
 
 
-@dataclass
-class Probe:
-    """What one sample alone showed."""
-
-    outputs: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
-    shapes: dict[tuple[nn.Module, int], tuple[list[Any], list[Any]]] = field(default_factory=dict)
-    called: set[nn.Module] = field(default_factory=set)
-    logits: Tensor | None = None
-    edges: dict[str, int] | None = None  # uses of each parameter in the graph
-
-
-class Recorder:
+class Recorder(Routes):
     """Hooks on a model, and the sums of squares they gather.
 
     Args:
@@ -88,111 +72,13 @@ class Recorder:
         dtypes: Mapping[str, torch.dtype],
         shapes: Mapping[str, torch.Size],
     ) -> None:
-        self.model, self.names, self.dtypes, self.shapes = model, names, dtypes, shapes
+        super().__init__(model, names)
+        self.dtypes, self.shapes = dtypes, shapes
         self.totals: dict[str, Tensor] = {}
-        self.paths = {m: path for path, m in model.named_modules()}
         self.plan: dict[tuple[nn.Module, int], Layout] = {}
-        self.rejected: set[nn.Module] = set()  # layers whose rule does not apply after all
-        self.unsplit: set[nn.Module] = set()  # called, but without a batch
-        self.hidden: set[str] = set()  # parameters used outside their layers
-        self.alone = False  # one sample at a time from now on
         self.probing: Probe | None = None
         self.probe: Probe | None = None
-        self.fallbacks: dict[nn.Module, dict[str, str]] = {}
-        self.covered: set[tuple[nn.Module, str]] = set()
-        self._noted: set[str] = set()
         self._active = False
-        self._arrange()
-
-    # -- which layer is served how ---------------------------------------------------------------
-
-    def _arrange(self) -> None:
-        self.rules: dict[nn.Module, tuple[Rule, dict[str, str]]] = {}
-        self.attention: dict[nn.Module, dict[str, str]] = {}
-        self.ruleless: dict[nn.Module, dict[str, str]] = {}
-        own: dict[nn.Module, dict[str, str]] = {}
-        for (module, local), name in self.names.items():
-            own.setdefault(module, {})[local] = name
-        for module, wanted in own.items():
-            if _is_attention(module):
-                self.attention[module] = wanted
-            elif module in self.rejected or (rule := rule_for(module)) is None:
-                self.ruleless[module] = wanted
-            else:
-                self.rules[module] = (rule, wanted)
-        for module in self.model.modules():
-            if _is_attention(module) and module.out_proj in own:
-                self.attention.setdefault(module, {})
-
-    @property
-    def bare(self) -> set[str]:
-        """Parameters left to autograd, when samples come alone."""
-        return {n for wanted in self.ruleless.values() for n in wanted.values()} | self.hidden
-
-    def reject(self, module: nn.Module) -> None:
-        """Serve a layer without its rule from now on."""
-        self.rejected.add(module)
-        self._arrange()
-
-    def place_fallbacks(self, probe: Probe) -> None:
-        """Find the smallest called module around each use of a parameter that no rule explains.
-
-        Args:
-            probe: with the modules that were called and, unless FSDP2 hides them, the edges.
-        """
-        parents = {c: m for m in self.model.modules() for c in m.children()}
-        self.fallbacks, self.covered = {}, set()
-        for module, wanted in self.ruleless.items():
-            for local, name in wanted.items():
-                if self._explained(module, name, probe):
-                    continue
-                at, path = module, local
-                while (at not in probe.called or at in self.unsplit) and at in parents:
-                    step = next(k for k, c in parents[at].named_children() if c is at)
-                    at, path = parents[at], f"{step}.{path}"
-                if at is self.model:
-                    self.need_alone(f"{name!r} belongs to no single layer")
-                    continue
-                self.fallbacks.setdefault(at, {})[path] = name
-                self.note(
-                    f"{type(module).__name__} {self.paths.get(module, '')!r} has no rule: "
-                    f"per-sample gradients by torch.func on {type(at).__name__}"
-                )
-        # What a fallback differentiates includes every use inside it.
-        for at, wanted in self.fallbacks.items():
-            names = set(wanted.values())
-            self.covered |= {(m, name) for m in at.modules() for name in names}
-            for inner in set(at.modules()) - {at}:
-                twice = [k for k, n in self.fallbacks.get(inner, {}).items() if n in names]
-                for key in twice:
-                    del self.fallbacks[inner][key]
-            wanted_once = {name: key for key, name in wanted.items()}
-            self.fallbacks[at] = {key: name for name, key in wanted_once.items()}
-        self.fallbacks = {m: wanted for m, wanted in self.fallbacks.items() if wanted}
-
-    def _explained(self, module: nn.Module, name: str, probe: Probe) -> bool:
-        """Say whether a parameter's uses are all known without looking at one of its owners."""
-        others = {
-            m for m, wanted in self.ruleless.items() if m is not module and name in wanted.values()
-        }
-        if probe.edges is None:
-            ruled = {m for (m, _), n in self.names.items() if n == name} - {module}
-            return module not in probe.called and bool(ruled & probe.called)
-        left = probe.edges[name] - len(self.uses.get(name, ()))
-        if module not in probe.called:
-            left -= sum(key[0] in others for key in probe.shapes)
-        return left <= 0
-
-    def need_alone(self, why: str) -> None:
-        """Take one sample at a time from now on."""
-        self.alone = True
-        self.note(f"one sample at a time, which is slow: {why}")
-
-    def note(self, text: str) -> None:
-        """Log something once."""
-        if text not in self._noted:
-            self._noted.add(text)
-            _log.warning("diagonal_fisher: %s", text)
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -228,15 +114,6 @@ class Recorder:
             self._active = False
             self._taps, self._pending, self._layer_calls = [], {}, []
 
-    def _around(self) -> set[nn.Module]:
-        # Modules that could serve a parameter without a rule: its own, or one around it.
-        paths = [self.paths[m] for m in self.ruleless if m in self.paths]
-        around = set(self.ruleless)
-        for m, path in self.paths.items():
-            if any(p.startswith(f"{path}.") or path == "" for p in paths):
-                around.add(m)
-        return around
-
     def forward(self, batch: Any, n: int) -> Any:
         """Run the model and listen.
 
@@ -251,7 +128,7 @@ class Recorder:
         self._calls: Counter[nn.Module] = Counter()
         self._layer_count: Counter[nn.Module] = Counter()
         self.expanded = False
-        self.uses: dict[str, list[Rows]] = {}
+        self.uses = {}
         self._taps: list[_Tap] = []
         self._pending: dict[str, list[Piece]] = {}
         self._layer_calls: list[tuple[LayerCall, dict[str, str]]] = []
@@ -354,12 +231,12 @@ class Recorder:
         original = output
         if layout.kind == "shared":
             self.expanded = True
-            x, output = _expand(x, self._n), _expand(output, self._n)
+            x, output = expand(x, self._n), expand(output, self._n)
             layout = Layout("pure", 0)
         split = partial(layout.split, n=self._n)
         source = x.detach()
         call = Call(module, source, output.detach(), frozenset(names), split, self._dtype(names))
-        build = rule(call) if _splits_positions(module, layout, output) else None
+        build = rule(call) if splits_positions(module, layout, output) else None
         call.output = call.x.new_empty(0)
         if build is None:
             self.newly_rejected.add(module)
@@ -395,11 +272,11 @@ class Recorder:
             for key, piece in tap.build(g.detach()).items():
                 name, rows = tap.names[key]
                 uses = self.uses[name]
-                if len(uses) == 1 or _disjoint(uses):
+                if len(uses) == 1 or disjoint(uses):
                     total = self._total(name)
                     piece.square_into(total if rows is None else total[rows[0] : rows[1]])
                 else:
-                    whole = piece if rows is None else _widened(piece, rows, self.shapes[name])
+                    whole = piece if rows is None else widened(piece, rows, self.shapes[name])
                     self._pending.setdefault(name, []).append(whole)
         if self._last:
             tap.build = None
@@ -463,7 +340,7 @@ class Recorder:
             names["bias"] = (name, bias_rows)
         if not names and self.probing is None:
             return output
-        return self._listen(module, x, output, names, partial(_projection, w.shape))
+        return self._listen(module, x, output, names, partial(projection_rule, w.shape))
 
     def _repeat(self, module: nn.Module, local: str, b: int) -> Tensor:
         p = module._parameters[local]
@@ -475,7 +352,7 @@ class Recorder:
         names: dict[str, tuple[str, Rows]] = {} if name is None else {"p": (name, None)}
         if not names and self.probing is None:
             return output
-        return self._listen(module, output, output, names, partial(_repeated, p.shape))
+        return self._listen(module, output, output, names, partial(repeat_rule, p.shape))
 
     # -- layers without a rule ---------------------------------------------------------------------
 
@@ -538,64 +415,6 @@ class Recorder:
                 piece = Lazy(rows, call.n, self.shapes[name], size)
                 self._pending.setdefault(name, []).append(piece)
         call.grads.clear()
-
-
-def _is_attention(module: nn.Module) -> bool:
-    kind = nn.MultiheadAttention
-    return isinstance(module, kind) and type(module).forward is kind.forward
-
-
-def _projection(shape: torch.Size, call: Call) -> Build:
-    def build(g: Tensor) -> dict[str, Piece]:
-        pieces: dict[str, Piece] = {}
-        x = call.x
-        if "weight" in call.wanted:
-            pieces["weight"] = linear(x, g, call.split, shape, call.dtype)
-        if "bias" in call.wanted:
-            pieces["bias"] = Direct(call.split(g).flatten(1, -2).sum(1), call.dtype)
-        return pieces
-
-    return build
-
-
-def _repeated(shape: torch.Size, call: Call) -> Build:
-    def build(g: Tensor) -> dict[str, Piece]:
-        return {"p": Direct(call.split(g).flatten(1, -2).sum(1).unflatten(1, shape), call.dtype)}
-
-    return build
-
-
-def _splits_positions(module: Any, layout: Layout, output: Tensor) -> bool:
-    """Say whether the batch lies in a dimension over which the layer's weights are shared."""
-    if layout.kind == "alone":
-        return True
-    if isinstance(module, nn.modules.conv._ConvNd | nn.GroupNorm | nn.modules.batchnorm._BatchNorm):
-        return layout.dim == 0
-    features = len(module.normalized_shape) if hasattr(module, "normalized_shape") else 1
-    return layout.dim < output.dim() - features
-
-
-def _expand(x: Tensor, n: int) -> Tensor:
-    if x.dim() and x.shape[0] == 1:
-        return x.expand(n, *x.shape[1:])
-    return x.unsqueeze(0).expand(n, *x.shape)
-
-
-def _disjoint(uses: list[Rows]) -> bool:
-    if any(rows is None for rows in uses):
-        return False
-    spans = sorted(rows for rows in uses if rows is not None)
-    return all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-
-
-def _widened(piece: Piece, rows: tuple[int, int], shape: torch.Size) -> Piece:
-    def form(lo: int, hi: int) -> Tensor:
-        part = piece.rows(lo, hi)
-        out = part.new_zeros(hi - lo, *shape)
-        out[:, rows[0] : rows[1]] = part
-        return out
-
-    return Lazy(form, piece.count, shape, shape.numel())
 
 
 def _shapes(tree: Any) -> list[Any]:

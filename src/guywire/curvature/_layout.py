@@ -9,11 +9,12 @@ sample of the batch, and shapes, and where positions are folded values, are comp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Layout", "find_layout"]
+__all__ = ["Layout", "expand", "find_layout", "splits_positions"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ def find_layout(whole: Tensor, one: Tensor, n: int) -> Layout:
     if by_sample == by_position:
         return Layout("unknown")
     return Layout("sample" if by_sample else "position", dim)
+
+
+def splits_positions(module: Any, layout: Layout, output: Tensor) -> bool:
+    """Say whether the batch lies in a dimension over which the layer's weights are shared."""
+    if layout.kind == "alone":
+        return True
+    if isinstance(module, nn.modules.conv._ConvNd | nn.GroupNorm | nn.modules.batchnorm._BatchNorm):
+        return layout.dim == 0
+    features = len(module.normalized_shape) if hasattr(module, "normalized_shape") else 1
+    return layout.dim < output.dim() - features
+
+
+def expand(x: Tensor, n: int) -> Tensor:
+    """Give each of n samples a view of what they share."""
+    if x.dim() and x.shape[0] == 1:
+        return x.expand(n, *x.shape[1:])
+    return x.unsqueeze(0).expand(n, *x.shape)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -15,12 +15,15 @@ A parameter used more than once has the square of the *sum* of its pieces: ``com
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Direct", "Lazy", "Outer", "Piece", "Scatter", "combine"]
+__all__ = ["Direct", "Lazy", "Outer", "Piece", "Rows", "Scatter", "combine", "disjoint", "widened"]
+
+Rows = tuple[int, int] | None
 
 # Elements of the buffer in which per-sample gradients are formed (16 MB in float32).
 BUFFER = 1 << 22
@@ -236,6 +239,26 @@ def combine(pieces: Sequence[Piece], total: Tensor) -> None:
             _square_rows(pieces, total)
         else:
             _outer_and_scatter(_joined(outers), scatter, total)
+
+
+def disjoint(uses: list[Rows]) -> bool:
+    """Say whether uses of one parameter touch rows of their own."""
+    if any(rows is None for rows in uses):
+        return False
+    spans = sorted(rows for rows in uses if rows is not None)
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+def widened(piece: Piece, rows: tuple[int, int], shape: torch.Size) -> Piece:
+    """Return a piece of some rows as one of the whole parameter."""
+
+    def form(lo: int, hi: int) -> Tensor:
+        part = piece.rows(lo, hi)
+        out = part.new_zeros(hi - lo, *shape)
+        out[:, rows[0] : rows[1]] = part
+        return out
+
+    return Lazy(form, piece.count, shape, shape.numel())
 
 
 def _joined(outers: Sequence[Outer]) -> Outer:
