@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from guywire.cli import console
 from guywire.core.errors import GuywireError, UsageError
 
 __all__ = ["register", "study"]
@@ -110,9 +109,9 @@ def study(
 
         document["gallery"] = str(gallery.write(out))
         if not as_json:
-            typer.echo(f"gallery: {document['gallery']}")
+            console.out().print(f"gallery: {document['gallery']}", markup=False)
     if as_json:
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        console.print_json(document)
     if broken or not all(check["holds"] for r in results for check in r["checks"]):
         raise typer.Exit(1)
 
@@ -137,7 +136,7 @@ def _run(
             if len(names) == 1:
                 raise
             broken.append({"study": name, "error": str(error)})
-            typer.echo(f"{name}: {error}", err=True)
+            console.log().print(f"{name}: {error}", style="red", markup=False)
             continue
         results.append(_plain(result))
         if not quiet:
@@ -149,7 +148,6 @@ class _Progress:
     """A bar on standard error: units done of those known so far."""
 
     def __init__(self, title: str) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -159,7 +157,7 @@ class _Progress:
             MofNCompleteColumn(),
             Elapsed(),
             TextColumn("{task.description}"),
-            console=Console(file=sys.stderr),
+            console=console.log(),
             transient=True,
         )
         self._task = self._bar.add_task("starting", title=Path(title).stem, total=None)
@@ -205,27 +203,25 @@ def _print_list(as_json: bool) -> None:
         for slug in STUDIES
     ]
     if as_json:
-        typer.echo(json.dumps({"studies": entries}, indent=2, ensure_ascii=False))
+        console.print_json({"studies": entries})
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    screen = console.out()
     for entry in entries:
         minutes = f"about {entry['minutes']:g} min on two cores, {entry['seeds']} seeds"
-        console.print(Text.assemble((entry["slug"], "bold"), "  ", (minutes, "dim")))
-        console.print(Text(f"  {entry['title']} ({entry['paper']})"))
+        screen.print(Text.assemble((entry["slug"], "bold"), "  ", (minutes, "dim")))
+        screen.print(Text(f"  {entry['title']} ({entry['paper']})"))
         for claim in entry["claims"]:
-            console.print(Text(f"  {claim['name']}: {claim['says']}"))
-        console.print()
+            screen.print(Text(f"  {claim['name']}: {claim['says']}"))
+        screen.print()
 
 
 def _print_result(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    screen = console.out()
     cost = result["cost"]
     table = Table(title=f"{result['slug']} ({result['size']})", title_justify="left", expand=False)
     table.add_column("claim")
@@ -235,12 +231,12 @@ def _print_result(result: dict[str, Any]) -> None:
     for claim in result["claims"]:
         verdict = Text(claim["verdict"], style=_COLOURS[claim["verdict"]])
         table.add_row(claim["name"], Text(claim["says"]), verdict, Text(claim["allows"]))
-    console.print(table)
+    screen.print(table)
     for check in result["checks"]:
         mark = (
             Text("holds  ", style="green") if check["holds"] else Text("FAILS  ", style="bold red")
         )
-        console.print(mark + Text(check["says"]))
+        screen.print(mark + Text(check["says"]))
     for choice in result["choices"]:
         edge = (
             " (still at the edge of its grid)"
@@ -248,10 +244,8 @@ def _print_result(result: dict[str, Any]) -> None:
             else ""
         )
         tried = ", ".join(f"{value:g}" for value in choice["grid"])
-        console.print(
-            Text(f"chose {choice['best']:g} for {choice['name']} of {tried}{edge}", "dim")
-        )
-    console.print(
+        screen.print(Text(f"chose {choice['best']:g} for {choice['name']} of {tried}{edge}", "dim"))
+    screen.print(
         Text(
             f"{len(result['seeds'])} seeds, {cost['units']} units, {cost['wall_seconds']:.0f} s, "
             f"{cost['peak_memory_mb']:.0f} MB a process; result in {result['folder']}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import resource
@@ -180,6 +181,7 @@ def _prepare() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     torch.set_num_threads(1)
+    logging.getLogger("guywire").setLevel(logging.ERROR)  # remarks would tear the progress bar
     parent = multiprocessing.parent_process()
     if parent is not None:
 
