@@ -1,1 +1,1 @@
-"""."""
+"""Callbacks for the trainers of others: transformers, lightning."""
