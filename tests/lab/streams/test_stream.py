@@ -166,3 +166,14 @@ def test_in_turn_is_a_permutation_that_alternates():
     order = in_turn(labels)
     assert sorted(order.tolist()) == list(range(6))
     assert labels[order].tolist() == [1, 2, 3, 1, 3, 3]
+
+
+@pytest.mark.parametrize("size", [1, 7, 32, 1000])
+def test_batches_made_together_are_the_same_batches(size):
+    stream = load(StreamConfig())
+    split = stream.tasks[0].train
+    whole, labels = next(stream.batches(split, len(split), gen(3)))
+    cut = list(stream.batches(split, size, gen(3)))
+    assert [len(x) for x, _ in cut[:-1]] == [size] * (len(cut) - 1)
+    assert torch.equal(torch.cat([x for x, _ in cut]), whole)
+    assert torch.equal(torch.cat([y for _, y in cut]), labels)

@@ -20,6 +20,9 @@ __all__ = ["Batch", "Loader", "Split", "Stream", "Task"]
 
 Batch = tuple[Tensor, Tensor] | dict[str, Tensor]
 
+# Floats that are made at once, at most: 4 MiB.
+_BLOCK = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -184,15 +187,23 @@ class Stream:
         if generator is not None:
             where = generator.device
             order = torch.randperm(len(split), generator=generator, device=where).cpu()
-        make = self._tokens if self.kind == "text" else self._images()
-        for start in range(0, len(split), batch_size):
+        text = self.kind == "text"
+        make = self._tokens if text else self._images()
+        # Small images are made several batches at a time: for a tiny model the calls cost more than
+        # the arithmetic.
+        block = batch_size * (1 if text else self._batches_at_once(split.inputs, batch_size))
+        for start in range(0, len(split), block):
             if order is None:
-                inputs = split.inputs[start : start + batch_size]
-                labels = split.labels[start : start + batch_size].clone()
+                inputs = split.inputs[start : start + block]
+                labels = split.labels[start : start + block].clone()
             else:
-                at = order[start : start + batch_size]
+                at = order[start : start + block]
                 inputs, labels = split.inputs[at], split.labels[at]
-            yield make(inputs, labels)
+            made = make(inputs, labels)
+            if text:
+                yield made
+            else:
+                yield from zip(*(part.split(batch_size) for part in made), strict=True)
 
     def loader(self, split: Split, batch_size: int) -> Loader:
         """Return something that gives the batches of a split, unshuffled, as often as it is asked.
@@ -245,6 +256,11 @@ class Stream:
         if self.kind != "image" or not isinstance(split.inputs, Tensor):
             raise UsageError(f"the stream {self.name!r} is of texts, which make no montage")
         return montage(split.inputs[in_turn(split.labels)[:count]])
+
+    def _batches_at_once(self, inputs: Tensor, batch_size: int) -> int:
+        side = self.size or max(inputs.shape[-2:])
+        floats = batch_size * side * side * max(self.channels or 1, inputs.shape[1])
+        return max(1, min(16, _BLOCK // max(1, floats)))
 
     def _images(self) -> Any:
         assert self.mean is not None
