@@ -346,6 +346,22 @@ def test_compiled_models():
     torch.testing.assert_close(wires.penalty(), penalised(plain, anchors, 0.7).detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_a_compiled_step_pulls_as_well():
+    model = net()
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    wires = gw.attach(model, optimizer, gw.L2(0.5, anchor="zero"))
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for number in range(3):
+        optimizer.zero_grad()
+        task_loss(model).backward()
+        wanted = [p.grad + p.detach() for p in model.parameters()]
+        step()
+        assert wires.steps == number + 1
+        for p, grad in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+
+
 # --- the double-fire hazard ---
 
 

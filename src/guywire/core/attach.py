@@ -238,8 +238,8 @@ class Wires:
         # An optimiser whose step() calls super().step() fires its hooks twice, or not, depending on
         # which classes were used before: only the outermost call counts. Its frame tells it apart
         # from a call that an exception ended without a post-hook.
-        caller = sys._getframe(1)
-        if self._frame is not None and _stepping.is_above(self._frame, caller):
+        caller = None if torch.compiler.is_compiling() else sys._getframe(1)
+        if self._frame is not None and caller and _stepping.is_above(self._frame, caller):
             return None
         self._check_model()
         self._frame, self._step = caller, None
@@ -279,7 +279,8 @@ class Wires:
             return torch.stack([v.to(values[0]) for v in values]).sum() if values else None
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if sys._getframe(1) is not self._frame:
+        # (A compiled step has no frames; there every call counts.)
+        if self._frame is not None and sys._getframe(1) is not self._frame:
             return
         step = self._step or self._new_step()
         self._step = self._frame = None
