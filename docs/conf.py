@@ -24,4 +24,5 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 suppress_warnings = ["myst.xref_missing"]
