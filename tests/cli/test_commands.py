@@ -175,13 +175,21 @@ def test_a_folder_in_use_is_refused_and_resumed_when_asked(
     assert "is not empty: add --resume" in capsys.readouterr().err
     assert main(["compare", "--resume", *out]) == 0  # the run knows its own settings
     assert main(["compare", "--resume", *out, "--lr", "0.5"]) == 2
-    assert "has lr = 0.05, now it is 0.5" in capsys.readouterr().err
+    assert "has lr = 0.001, now it is 0.5" in capsys.readouterr().err
 
 
 def test_a_loss_that_blows_up_exits_1_and_the_rest_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--methods", "finetune,ewc", "--option", "ewc.strength=1e30", "--json"]
+    words = [
+        "--methods",
+        "finetune,ewc",
+        "--option",
+        "ewc.strength=1e30",
+        "--optimizer",
+        "sgd",
+        "--json",
+    ]
     assert compare(*words, "--out", str(tmp_path / "r")) == 1
     shown = capsys.readouterr()
     document = json.loads(shown.out)

@@ -26,7 +26,7 @@ def config(**changes: Any) -> CompareConfig:
 
 def test_nothing_is_left_open_in_what_is_resolved() -> None:
     resolved, stream = resolve(config(seed=4))
-    assert (resolved.model, resolved.optimizer, resolved.lr) == ("mlp", "sgd", 0.05)
+    assert (resolved.model, resolved.optimizer, resolved.lr) == ("mlp", "adam", 0.001)
     assert resolved.stream.seed == 4
     assert len(stream.tasks) == 2
     kept, _ = resolve(config(seed=4, stream={**SMALL["stream"], "seed": 1}))
@@ -90,6 +90,7 @@ def test_a_failed_trial_is_told_and_the_run_marked(tmp_path: Path) -> None:
     found = compare(
         config(
             out=str(tmp_path / "r"),
+            optimizer="sgd",
             methods=["finetune", "ewc"],
             options={"ewc": {"strength": 1e30}},
         )

@@ -31,7 +31,11 @@ def hashes(outcomes: list[Outcome]) -> dict[str, str]:
 
 
 def test_a_trial_that_fails_is_written_down_and_the_others_go_on(tmp_path: Path) -> None:
-    specs = [spec(), spec(method="ewc", options={"ewc": {"strength": 1e30}}), spec(method="l2")]
+    specs = [
+        spec(),
+        spec(method="ewc", optimizer="sgd", options={"ewc": {"strength": 1e30}}),
+        spec(method="l2"),
+    ]
     seen: list[str] = []
     outcomes = run_grid(specs, tmp_path, workers=0, done=lambda o: seen.append(o.spec.id))
     assert seen == ["finetune-seed0", "ewc-seed0", "l2-seed0"]

@@ -316,7 +316,12 @@ def test_a_loss_that_is_not_finite_stops_the_trial_and_keeps_the_last_good_state
     tmp_path: Path,
 ) -> None:
     # EWC's pull at such a strength overshoots: the first task is fine, the second blows up.
-    s = spec(method="ewc", options={"ewc": {"strength": 1e12}}, checkpoint={"steps": 1})
+    s = spec(
+        method="ewc",
+        optimizer="sgd",
+        options={"ewc": {"strength": 1e12}},
+        checkpoint={"steps": 1},
+    )
     with pytest.raises(NonFiniteError, match=r"ewc-seed0: .* step \d+ .*lower --lr"):
         run_trial(s, tmp_path)
     state = checkpoint.load(tmp_path / "state.safetensors")

@@ -91,8 +91,9 @@ class Training(BaseModel):
         epochs: passes over each task's training data.
         batch_size: samples a step.
         lr: learning rate; ``None`` is a usual one for the optimiser and the model.
-        optimizer: ``sgd``, ``adam`` or ``adamw``; a fresh one for every task. ``None`` is ``sgd``
-            for models that start at random and ``adamw`` for pretrained ones.
+        optimizer: ``sgd``, ``adam`` or ``adamw``; a fresh one for every task. ``None`` is ``adam``
+            for models that start at random and ``adamw`` for pretrained ones: under SGD a strong
+            pull overshoots and diverges.
         momentum: of ``sgd``.
         weight_decay: of the optimiser, towards zero.
         loss: ``softmax`` over all classes seen so far (in the scenario ``task``: over the task's

@@ -38,7 +38,7 @@ def defaults(training: Training, model: str) -> dict[str, Any]:
         ``optimizer`` and ``lr``.
     """
     pretrained = is_pretrained(model)
-    kind = training.optimizer or ("adamw" if pretrained else "sgd")
+    kind = training.optimizer or ("adamw" if pretrained else "adam")
     rate = training.lr or (_PRETRAINED_RATES if pretrained else _RATES)[kind]
     return {"optimizer": kind, "lr": rate}
 
