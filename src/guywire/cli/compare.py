@@ -42,7 +42,7 @@ camera --scenario domain`
 - `guywire compare --out runs/x --resume` : go on with a run that was stopped or killed
 
 `guywire methods` lists the methods and their options. A file holds what `config.toml` in a run's
-folder holds. Results (with 95% bootstrap intervals over seeds) are in `results.parquet` and
+folder holds. Results (with 95% intervals over seeds) are in `results.parquet` and
 `report.html` of the run's folder.
 """
 
@@ -364,7 +364,7 @@ def _print(found: Any, report: Path | None) -> None:
     if seeds == 1:
         how = "1 seed, no interval"
     else:
-        how = f"mean [95% bootstrap interval] over {seeds} seeds"
+        how = f"mean [95% interval] over {seeds} seeds"
     screen = console.out()
     title = f"{config.stream.data}, {config.stream.scenario}-incremental, {config.model}: {how}"
     screen.print(results_table(found.table, escape(title)))

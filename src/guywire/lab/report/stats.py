@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from guywire.core.errors import need
+from guywire.lab.training import results
 
 __all__ = ["Interval", "interval"]
 
@@ -66,14 +66,8 @@ def interval(values: Iterable[float | None]) -> Interval | None:
         >>> interval([]) is None
         True
     """
-    kept = [float(v) for v in values if v is not None and not math.isnan(v)]
-    n = len(kept)
-    if n == 0:
+    kept = [v for v in values if v is not None and not math.isnan(v)]
+    found = results.interval(kept)
+    if found["mean"] is None:
         return None
-    mean = math.fsum(kept) / n
-    if n == 1:
-        return Interval(mean, None, None, 1)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in kept) / (n - 1))
-    students_t = need("scipy.stats", extra="cli").t
-    half = float(students_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return Interval(found["mean"], found["low"], found["high"], len(kept))

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from guywire.core import checkpoint
+from guywire.core.errors import need
 
 __all__ = ["METRICS", "aggregate", "interval", "rows", "write"]
 
@@ -31,14 +30,14 @@ METRICS = (
 )
 """Names of the summary metrics, in the order of the tables."""
 
-_RESAMPLES = 10_000
-
 
 def interval(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Return the mean over seeds with its 95% percentile bootstrap interval.
+    """Return the mean over seeds with its two-sided 95% interval of Student's t.
 
-    The resamples come from a generator with a fixed seed, so that equal numbers give equal
-    intervals. Few seeds make the interval too narrow: with three it never leaves their range.
+    ``mean +- t * s / sqrt(n)`` with the sample deviation ``s`` and ``n - 1`` degrees of freedom. A
+    bootstrap over three seeds covers the mean about 76% of the time where it says 95%; with three
+    seeds t is 4.30, and the wide interval is what three seeds know. It is not clipped to the range
+    of the measure.
 
     Args:
         values: one number a seed; ``None`` and NaN are left out.
@@ -52,14 +51,17 @@ def interval(values: Iterable[float | None]) -> dict[str, float | None]:
         >>> interval([0.25])
         {'mean': 0.25, 'low': None, 'high': None}
     """
-    known = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=np.float64)
-    if len(known) == 0:
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    n = len(known)
+    if n == 0:
         return {"mean": None, "low": None, "high": None}
-    if len(known) == 1:
-        return {"mean": float(known[0]), "low": None, "high": None}
-    chosen = np.random.default_rng(0).integers(len(known), size=(_RESAMPLES, len(known)))
-    low, high = np.quantile(known[chosen].mean(axis=1), [0.025, 0.975])
-    return {"mean": float(known.mean()), "low": float(low), "high": float(high)}
+    mean = math.fsum(known) / n
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None}
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (n - 1))
+    students_t = need("scipy.stats", extra="cli").t
+    half = float(students_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def aggregate(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
