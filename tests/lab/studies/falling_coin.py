@@ -51,6 +51,11 @@ STUDY = Study(
     smoke={"noise": 0.5},
     claims=[Claim("a", "Held coins fall further.", "by 0.5", judge, rests_on=("held",))],
     checks=[Check("coins fall", lambda table: table.mean("held", "test").mean >= 0.0)],
-    plots=[Plot("Falls", "bars", "test", "metres")],
+    plots=[
+        Plot("Falls", "bars", "test", "metres"),
+        Plot("On the way", "curves", "curve", "metres", against="second", log=True),
+        Plot("Two tries", "plane", "test", "metres", against="valid", across="metres before"),
+        Plot("Never measured", "bars", "luck", "sixes"),
+    ],
     run=run,
 )

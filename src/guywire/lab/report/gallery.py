@@ -251,7 +251,7 @@ def _figure(plot: Result, result: Result, marks: Mapping[str, int]) -> Figure | 
         ]
         if not pairs:
             return None
-        x_title = plot.get("against_label") or plot["against"]
+        x_title = plot.get("across") or plot["against"]
         summary = f"{plot['title']}: " + "; ".join(
             f"{x.label} {x_title} {x.words()}, {plot['label']} {y.words()}" for x, y in pairs
         )

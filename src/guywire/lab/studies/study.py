@@ -71,6 +71,7 @@ class Plot:
         metric: on the y axis.
         label: of the y axis.
         against: the x axis: the other metric of a plane; of curves, what a step is.
+        across: label of a plane's x axis; the metric's name if empty.
         conditions: which and in which order; all of them if empty.
         caption: one sentence: what to look at.
         log: a logarithmic y axis.
@@ -81,6 +82,7 @@ class Plot:
     metric: str
     label: str
     against: str = ""
+    across: str = ""
     conditions: tuple[str, ...] = ()
     caption: str = ""
     log: bool = False
