@@ -182,7 +182,7 @@ def _compare(
         str | None,
         _option(
             "--loss",
-            text="softmax over all classes so far, masked to the task's classes, or sigmoid.",
+            text="masked to the task's classes (default), softmax over all classes so far, or sigmoid.",
             panel=_TRAIN,
         ),
     ] = None,

@@ -118,7 +118,7 @@ def test_methods_of_one_seed_start_alike(tmp_path: Path) -> None:
 
 
 def test_the_plain_loop_is_what_anyone_would_write(tmp_path: Path) -> None:
-    s = spec(optimizer="adam", lr=1e-2)
+    s = spec(optimizer="adam", lr=1e-2, loss="softmax")
     result = run_trial(s, tmp_path)
     stream = load_stream()
     made = Trial(s, tmp_path, stream)

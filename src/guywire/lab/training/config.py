@@ -96,9 +96,10 @@ class Training(BaseModel):
             pull overshoots and diverges.
         momentum: of ``sgd``.
         weight_decay: of the optimiser, towards zero.
-        loss: ``softmax`` over all classes seen so far (in the scenario ``task``: over the task's
-            classes); ``masked``: over the current task's classes only; ``sigmoid``: an independent
-            yes or no for every class, summed over classes.
+        loss: ``masked``, over the current task's classes only (in the scenario ``domain`` these are
+            all); ``softmax`` over all classes seen so far, under which nothing that does without
+            old samples holds old classes; ``sigmoid``: an independent yes or no for every class,
+            summed over classes.
         threads: of torch in each trial. It may change results in the last digits.
         evaluation: per-iteration evaluation.
         checkpoint: when state is saved.
@@ -112,7 +113,7 @@ class Training(BaseModel):
     optimizer: Literal["sgd", "adam", "adamw"] | None = None
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    loss: Literal["softmax", "masked", "sigmoid"] = "softmax"
+    loss: Literal["softmax", "masked", "sigmoid"] = "masked"
     threads: int = Field(default=1, ge=1)
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
