@@ -45,7 +45,7 @@ def test_the_table_says_how_many_seeds(tmp_path: Path, capsys: pytest.CaptureFix
     assert "over 2 seeds" in shown.out
     for heading in ("accuracy", "forgetting", "backward", "min-ACC", "WC-ACC", "seconds", "extra"):
         assert heading in shown.out
-    assert re.search(r"l2 .* \d+\.\d .*\n.* \[\d+\.\d, \d+\.\d\]", shown.out)
+    assert re.search(r"l2 .* \d+\.\d .*\n.* \[-?\d+\.\d, \d+\.\d\]", shown.out)
     assert "4/4" in shown.err
     assert (tmp_path / "r" / "report.html").is_file()
 
