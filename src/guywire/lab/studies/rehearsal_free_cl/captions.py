@@ -15,12 +15,12 @@ from guywire.lab.studies.rehearsal_free_cl.arms import move_only, regularizers
 from guywire.lab.studies.rehearsal_free_cl.loop import Recipe, learn
 from guywire.lab.studies.study import Work
 
-__all__ = ["captions"]
+__all__ = ["learn_captions"]
 
 _MODEL = "minilm"
 
 
-def captions(
+def learn_captions(
     work: Work, *, arm: str, strength: float = 1.0, tune: bool = False
 ) -> list[dict[str, Any]]:
     """Learn subgroups of emoji from their captions, a few at a time.

@@ -20,14 +20,14 @@ from guywire.lab.studies.rehearsal_free_cl.arms import move_only, regularizers
 from guywire.lab.studies.rehearsal_free_cl.loop import Recipe, learn
 from guywire.lab.studies.study import Work
 
-__all__ = ["drawings", "pretrain_drawings"]
+__all__ = ["learn_drawings", "pretrain_drawings"]
 
 _START = "drawings-start.safetensors"
 _STYLES = 4
 _WIDTH, _LAYERS, _HEADS, _PATCH = 128, 4, 4, 16
 
 
-def drawings(
+def learn_drawings(
     work: Work, *, arm: str, move: str = "attention", strength: float = 1.0, tune: bool = False
 ) -> list[dict[str, Any]]:
     """Learn subgroups of emoji from their drawings, a few at a time.

@@ -18,7 +18,7 @@ from guywire.lab.studies.rehearsal_free_cl.arms import regularizers
 from guywire.lab.studies.rehearsal_free_cl.loop import Recipe, learn
 from guywire.lab.studies.study import Work
 
-__all__ = ["SmallCNN", "garments", "pretrain_digits"]
+__all__ = ["SmallCNN", "learn_garments", "pretrain_digits"]
 
 _WEIGHTS = "digits-start.safetensors"
 _TURNS = 4
@@ -53,7 +53,7 @@ class SmallCNN(nn.Module):
         return self.stages(x).mean((2, 3))
 
 
-def garments(
+def learn_garments(
     work: Work, *, arm: str, start: str, strength: float = 1.0, tune: bool = False
 ) -> list[dict[str, Any]]:
     """Learn kinds of garments, two at a time.
@@ -69,7 +69,7 @@ def garments(
         Rows, as ``loop.learn`` makes them.
     """
     s = work.settings
-    stream = _stream(s["b_per_class"], s["b_test_fraction"], work.seed, tune)
+    stream = _stream(s["b_side"], s["b_per_class"], s["b_test_fraction"], work.seed, tune)
     with seeded(work.generator("network")):
         backbone = SmallCNN()
     model = Classifier(backbone, backbone.width)
@@ -100,7 +100,9 @@ def pretrain_digits(work: Work) -> list[dict[str, Any]]:
         One row: the accuracy on test digits in their four rotations.
     """
     s = work.settings
-    config = streams.StreamConfig(data="mnist", tasks=1, valid_fraction=0.0, class_order="given")
+    config = streams.StreamConfig(
+        data="mnist", image_size=s["b_side"], tasks=1, valid_fraction=0.0, class_order="given"
+    )
     stream = streams.load(config)
     (task,) = stream.tasks
     order = torch.randperm(len(task.train), generator=work.generator("digits"))
@@ -137,9 +139,10 @@ def _turned(batch: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=2)
-def _stream(per_class: int, test_fraction: float, seed: int, tune: bool) -> Stream:
+def _stream(side: int, per_class: int, test_fraction: float, seed: int, tune: bool) -> Stream:
     config = streams.StreamConfig(
         data="fashion-mnist",
+        image_size=side,
         tasks=5,
         max_per_class=per_class,
         test_fraction=test_fraction,
