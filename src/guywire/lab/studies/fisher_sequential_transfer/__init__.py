@@ -34,10 +34,12 @@ from guywire.lab.studies.fisher_sequential_transfer.claims import (
     CHECKS,
     CHOSEN,
     CLAIMS,
-    FISHER,
     MANY,
+    fisher_arm,
 )
-from guywire.lab.studies.study import Plot, Study, Work
+from guywire.lab.studies.fisher_sequential_transfer.plots import PLOTS
+from guywire.lab.studies.statistics import Table
+from guywire.lab.studies.study import Study, Work
 
 __all__ = ["STUDY", "prepare", "run", "stage_a", "stage_b"]
 
@@ -56,7 +58,7 @@ SETTINGS: dict[str, Any] = {
     "windows": 4000,  # of stage A
     "masked": 2,  # sentences hidden in a window, at most
     "gap_reference": "rest",  # or "summary", as in the released code; of training documents only
-    "steps_a": 800,
+    "steps_a": 600,
     "batch_a": 8,
     "lr_a": 2e-3,
     "fisher_sequences": 256,
@@ -91,16 +93,6 @@ SMOKE: dict[str, Any] = {
 }
 A, B = "fill in the blank: ", "summarize: "
 
-ARMS = {
-    "scratch": {"arm": "scratch"},
-    "plain": {"arm": "plain"},
-    "plain, chosen rate": {"arm": "plain"},
-    "L2": {"arm": "l2"},
-    "Fisher, constant": {"arm": "constant"},
-    "Fisher, decreasing": {"arm": "decreasing"},
-    "layer unfreezing": {"arm": "unfreezing"},
-    "printed code": {"arm": "printed"},
-}
 # ---- what runs ----------------------------------------------------------------------------------
 
 
@@ -117,26 +109,30 @@ def run(bench: Bench) -> None:
     }
     bench.run(
         bench.units(stage_a, ["stage A"], cost=9.0)
-        + bench.units(stage_b, {"scratch": ARMS["scratch"] | few})
+        + bench.units(stage_b, {"scratch": holds.ARMS["scratch"] | few})
     )
     # Every arm that is tuned at all has as many tries: a grid on the validation pairs of one seed.
     on = {"metric": "valid_loss", "seeds": first, "tolerance": settings["tolerance"]}
-    held = {name: ARMS[name] | few for name in CHOSEN}
+    held = {name: holds.ARMS[name] | few for name in CHOSEN}
     chosen = bench.choose(stage_b, held, settings["grid"], argument="scale", **on)
-    slower = {"plain, chosen rate": ARMS["plain, chosen rate"] | few}
+    slower = {"plain, chosen rate": holds.ARMS["plain, chosen rate"] | few}
     rates = bench.choose(stage_b, slower, settings["rates"], argument="rate", **on)
     picked = {name: {"scale": choice.best} for name, choice in chosen.items()}
     picked |= {name: {"rate": choice.best} for name, choice in rates.items()}
+    arms = {
+        name: holds.ARMS[name] | few | picked.get(name, {})
+        for name in holds.ARMS
+        if name != "scratch"
+    }
+    bench.run(bench.units(stage_b, arms))
     # With n pairs the pull is to the mean loss what a prior is to the likelihood: its share is 1 / n.
     share = min(1.0, settings["few_pairs"] / min(settings["many_pairs"], sizes["b_train_pairs"]))
+    arm = fisher_arm(Table(bench.rows))
     more = {
-        name + MANY: ARMS[name]
-        | many
-        | {key: share * value for key, value in picked.get(name, {}).items()}
-        for name in ("plain", *FISHER)
+        "plain" + MANY: holds.ARMS["plain"] | many,
+        arm + MANY: holds.ARMS[arm] | many | {"scale": share * chosen[arm].best},
     }
-    arms = {name: ARMS[name] | few | picked.get(name, {}) for name in ARMS if name != "scratch"}
-    bench.run(bench.units(stage_b, more, cost=2.0) + bench.units(stage_b, arms))
+    bench.run(bench.units(stage_b, more))
 
 
 def prepare(work: Work) -> list[dict[str, Any]]:
@@ -187,7 +183,7 @@ def stage_a(work: Work) -> list[dict[str, Any]]:
             schedule.step()
             optimizer.zero_grad()
             done += 1
-            if done % max(1, steps // 10) == 0:
+            if done % max(1, steps // 5) == 0:
                 loss = seq2seq.token_loss(model, valid[:100], pad)
                 rows.append(work.row("a_loss_curve", loss, step=done))
     sample = train[: settings["fisher_sequences"]]
@@ -291,32 +287,6 @@ def stage_b(
     scores = seq2seq.text_scores(written, [target for _, target in texts["b_test"][:count]])
     rows += [work.row(metric, value) for metric, value in scores.items()]
     return [*rows, *rows_best, work.row("test_loss", seq2seq.token_loss(model, test, pad))]
-
-
-PLOTS = [
-    Plot(
-        "Loss of the second task", "bars", "test_loss", "nats a token, test pairs",
-        conditions=tuple(ARMS), caption="With few pairs; lower is better.",
-    ),
-    Plot(
-        "The same with more pairs", "bars", "test_loss", "nats a token, test pairs",
-        conditions=tuple(name + MANY for name in ("plain", *FISHER)),
-    ),
-    Plot(
-        "Learning and forgetting", "plane", "test_loss", "test loss of stage B, nats a token",
-        against="a_rise", conditions=tuple(name for name in ARMS if name != "scratch"),
-        caption="To the left: less of stage A is forgotten. Below: the second task is learnt better.",
-    ),
-    Plot(
-        "On validation pairs", "curves", "valid_curve", "nats a token", against="epoch",
-        conditions=tuple(ARMS),
-    ),
-    Plot(
-        "How hard the pull is", "curves", "pull_ratio", "norm of the pull / norm of the task's gradient",
-        against="step", conditions=(*CHOSEN, "printed code"), log=True,
-        caption="The released settings lie far below the others: they barely pull.",
-    ),
-]  # fmt: skip
 
 
 # ---- small things -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import guywire as gw
 
 __all__ = [
+    "ARMS",
     "FLOOR",
     "LAMBDA",
     "falling",
@@ -22,6 +23,18 @@ __all__ = [
 ]
 
 LAMBDA, FLOOR = 0.9, 0.2
+
+ARMS = {
+    "scratch": {"arm": "scratch"},
+    "plain": {"arm": "plain"},
+    "plain, chosen rate": {"arm": "plain"},
+    "L2": {"arm": "l2"},
+    "Fisher, constant": {"arm": "constant"},
+    "Fisher, decreasing": {"arm": "decreasing"},
+    "layer unfreezing": {"arm": "unfreezing"},
+    "printed code": {"arm": "printed"},
+}
+"""Condition to the arguments of its units, as :func:`hold` takes them."""
 
 
 def falling(epoch: int, epochs: int) -> float:
