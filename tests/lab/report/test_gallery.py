@@ -33,8 +33,8 @@ def test_the_index_shows_every_verdict_with_its_page(folder: Path, tables_of: An
     html = (folder / "index.html").read_text()
     rows = tables_of(html)["Every claim and what the numbers allow"]
     assert len(rows) == 3  # the head, full size, custom: smoke size has nothing to add
-    assert "✓ reproduced" in rows[1][2]
-    assert "? inconclusive" in rows[2][2]
+    assert "✓ reproduced" in rows[1][1]
+    assert "? inconclusive" in rows[2][1]
     assert "Of 2 claims 1 came out, 1 stayed open." in html
     for name in re.findall(r'href="([^"#:]+\.html)"', html):
         assert (folder / name).is_file()
@@ -43,8 +43,10 @@ def test_the_index_shows_every_verdict_with_its_page(folder: Path, tables_of: An
 def test_a_page_has_the_claim_its_rule_and_the_numbers(folder: Path, tables_of: Any) -> None:
     html = (folder / "falling-coin.html").read_text()
     tables = tables_of(html)
-    (claim,) = tables["Claims, rules and verdicts"][1:]
-    assert claim[1] == "Held coins fall further.|Rule: by 0.5"
+    assert '<h2 id="claim-1-title">a (✓ reproduced)</h2>' in html
+    assert "The paper says: Held coins fall further." in html
+    assert "Rule: by 0.5" in html
+    assert "The numbers allow: Held coins fall 1.000 [1.000, 1.000] further." in html
     (difference,) = tables["Differences that the rules asked for, paired over seeds"][1:]
     assert difference[:3] == ["plain − held", "test", "1|1 to 1"]
     assert [row[0] for row in tables["test"][1:]] == ["plain", "held"]

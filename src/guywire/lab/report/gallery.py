@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from guywire.core.errors import DataError, need
+from guywire.lab.report.measured import again, figure, numbers
 from guywire.lab.report.page import (
     Cell,
-    Code,
     Column,
-    Figure,
     Notice,
     Page,
     Prose,
@@ -31,7 +30,7 @@ _MARKS = {
     "reproduced": "✓ reproduced",
     "not reproduced": "✗ not reproduced",
     "inconclusive": "? inconclusive",
-    "smoke": "– smoke",
+    "smoke": "smoke",
 }
 _FOOTER = (
     "Written by guywire from the result files alone. Means are over seeds; intervals are 95% bootstrap "
@@ -104,8 +103,7 @@ def index_page(results: Sequence[Result]) -> Page:
     claims = [claim for result in results for claim in result["claims"]]
     rows = tuple(
         (
-            Cell(f"{result['slug']}{_suffix(result)}", href=_name(result)),
-            Cell(claim["name"]),
+            Cell(f"{result['slug']}{_suffix(result)}", claim["name"], href=_name(result)),
             Cell(_MARKS[claim["verdict"]]),
             Cell(claim["allows"]),
         )
@@ -114,7 +112,7 @@ def index_page(results: Sequence[Result]) -> Page:
     )
     table = Table(
         "Every claim and what the numbers allow",
-        (Column("study"), Column("claim"), Column("verdict"), Column("the numbers allow")),
+        (Column("study, claim"), Column("verdict"), Column("the numbers allow")),
         rows,
         sortable=True,
     )
@@ -157,12 +155,15 @@ def study_page(result: Result) -> Page:
     conditions = list(dict.fromkeys(s["condition"] for s in result["statistics"]))
     plotted = [c for plot in result["plots"] for c in plot["conditions"]]
     marks = series(dict.fromkeys([*plotted, *conditions]))
-    figures = [f for plot in result["plots"] if (f := _figure(plot, result, marks)) is not None]
-    sections = [Section("claims", "Claims and verdicts", _claims(result))]
+    figures = [f for plot in result["plots"] if (f := figure(plot, result, marks)) is not None]
+    sections = [_claim(number, claim) for number, claim in enumerate(result["claims"], start=1)]
     if figures:
         sections.append(Section("plots", "What was measured", tuple(figures)))
-    sections.append(Section("numbers", "Numbers", _numbers(result, conditions, marks)))
-    sections.append(Section("again", "How to run it again", _again(result)))
+    sections.append(Section("numbers", "Numbers", numbers(result, conditions, marks)))
+    if result["notes"]:
+        notes = tuple(Prose(note) for note in result["notes"])
+        sections.append(Section("notes", "Beside the paper", notes))
+    sections.append(Section("again", "How to run it again", again(result)))
     cost, machine = result["cost"], result["machine"]
     facts = (
         ("Paper", result["paper"]),
@@ -204,181 +205,12 @@ def _finding(claims: Sequence[Result]) -> str:
     return f"Of {len(claims)} {noun} " + ", ".join(parts) + "."
 
 
-def _claims(result: Result) -> tuple[Table | Prose, ...]:
-    rows = tuple(
-        (
-            Cell(claim["name"], detail=_MARKS[claim["verdict"]]),
-            Cell(claim["says"], detail=f"Rule: {claim['rule']}"),
-            Cell(claim["allows"]),
-        )
-        for claim in result["claims"]
-    )
-    columns = (Column("claim"), Column("the paper says"), Column("the numbers allow"))
-    notes = tuple(Prose(note) for note in result["notes"])
-    return (Table("Claims, rules and verdicts", columns, rows), *notes)
-
-
-def _figure(plot: Result, result: Result, marks: Mapping[str, int]) -> Figure | None:
-    from guywire.lab.report.figures.measures import dots, scatter, tracks
-
-    if plot["kind"] == "curves":
-        curves = [c for c in result["curves"] if c["metric"] == plot["metric"]]
-        items = [_track(c, marks) for c in _ordered(curves, plot["conditions"])]
-        if not items:
-            return None
-        body = tracks(
-            items,
-            x_title=plot["against"] or "step",
-            y_title=plot["label"],
-            summary=f"{plot['title']}: {plot['label']}, for {', '.join(t.label for t in items)}.",
-            log=plot["log"],
-        )
-        return Figure(plot["title"], body, plot["caption"])
-    mine = [
-        s for s in result["statistics"] if s["metric"] == plot["metric"] and s["mean"] is not None
-    ]
-    mine = _ordered(mine, plot["conditions"])
-    if plot["kind"] == "plane":
-        across = {
-            s["condition"]: s
-            for s in result["statistics"]
-            if s["metric"] == plot["against"] and s["mean"] is not None
-        }
-        pairs = [
-            (_measure(across[s["condition"]], marks), _measure(s, marks))
-            for s in mine
-            if s["condition"] in across
-        ]
-        if not pairs:
-            return None
-        x_title = plot.get("across") or plot["against"]
-        summary = f"{plot['title']}: " + "; ".join(
-            f"{x.label} {x_title} {x.words()}, {plot['label']} {y.words()}" for x, y in pairs
-        )
-        body = scatter(pairs, x_title=x_title, y_title=plot["label"], summary=summary)
-        return Figure(plot["title"], body, plot["caption"])
-    if not mine:
-        return None
-    return Figure(
-        plot["title"], dots(plot["label"], [_measure(s, marks) for s in mine]), plot["caption"]
-    )
-
-
-def _ordered(entries: Sequence[Result], conditions: Sequence[str]) -> list[Result]:
-    if not conditions:
-        return list(entries)
-    by_name = {entry["condition"]: entry for entry in entries}
-    return [by_name[name] for name in conditions if name in by_name]
-
-
-def _measure(entry: Result, marks: Mapping[str, int]) -> Any:
-    from guywire.lab.report.figures.measures import Measure
-
-    seeds = [value for value in entry["values"].values() if value is not None]
-    name = entry["condition"]
-    return Measure(name, marks[name], entry["mean"], entry["low"], entry["high"], seeds)
-
-
-def _track(curve: Result, marks: Mapping[str, int]) -> Any:
-    from guywire.lab.report.figures.measures import Track
-
-    name = curve["condition"]
-    mean = [float("nan") if value is None else value for value in curve["mean"]]
-    return Track(name, marks.get(name, 0), curve["steps"], mean, curve["low"], curve["high"])
-
-
-def _numbers(
-    result: Result, conditions: Sequence[str], marks: Mapping[str, int]
-) -> tuple[Table | Prose, ...]:
-    blocks: list[Table | Prose] = []
-    if result["differences"]:
-        blocks.append(
-            Table(
-                "Differences that the rules asked for, paired over seeds",
-                (
-                    Column("first less second"),
-                    Column("metric"),
-                    Column("mean", True),
-                    Column("seeds", True),
-                ),
-                tuple(
-                    (
-                        Cell(f"{d['first']} − {d['second']}"),
-                        Cell(d["metric"]),
-                        Cell(_value(d), detail=_span(d)),
-                        Cell(", ".join(_short(v) for v in d["values"].values())),
-                    )
-                    for d in result["differences"]
-                ),
-            )
-        )
-    if result["choices"]:
-        blocks.append(
-            Table(
-                "Strengths, chosen on validation data",
-                (
-                    Column("condition"),
-                    Column("chosen", True),
-                    Column("tried: score"),
-                    Column("grid"),
-                ),
-                tuple(
-                    (
-                        Cell(c["name"], detail=f"by {c['metric']}, {c['better']} is better"),
-                        Cell(f"{c['best']:g}"),
-                        Cell(
-                            ", ".join(
-                                f"{g:g}: {_short(s)}"
-                                for g, s in zip(c["grid"], c["scores"], strict=True)
-                            )
-                        ),
-                        Cell(_edge(c)),
-                    )
-                    for c in result["choices"]
-                ),
-            )
-        )
-    for metric in dict.fromkeys(s["metric"] for s in result["statistics"]):
-        mine = {s["condition"]: s for s in result["statistics"] if s["metric"] == metric}
-        blocks.append(
-            Table(
-                metric,
-                (Column("condition"), Column("mean", True), Column("seeds", True)),
-                tuple(
-                    (
-                        Cell(name, series=marks[name]),
-                        Cell(_value(mine[name]), detail=_span(mine[name]), sort=mine[name]["mean"]),
-                        Cell(", ".join(_short(v) for v in mine[name]["values"].values())),
-                    )
-                    for name in conditions
-                    if name in mine
-                ),
-                sortable=True,
-                folded=True,
-            )
-        )
-    return tuple(blocks)
-
-
-def _again(result: Result) -> tuple[Code | Table, ...]:
-    # --set takes TOML values, and of these JSON's scalars and lists are all that settings hold.
-    replaced = "".join(
-        f" --set '{key}={json.dumps(value)}'" for key, value in result["overrides"].items()
-    )
-    flags = " --smoke" if result["size"] == "smoke" else ""
-    command = f"guywire study {result['slug']}{flags} --seeds {len(result['seeds'])}{replaced}"
-    versions = "\n".join(f"{name} {version}" for name, version in result["versions"].items())
-    settings = json.dumps(result["settings"], indent=2, ensure_ascii=False)
-    checks = Table(
-        "Checks of the study itself",
-        (Column("what must hold at any size"), Column("holds")),
-        tuple((Cell(c["says"]), Cell("yes" if c["holds"] else "NO")) for c in result["checks"]),
-    )
-    return (
-        Code("The command", command),
-        *([checks] if result["checks"] else []),
-        Code("Settings", settings, folded=True),
-        Code("Versions", versions, folded=True),
+def _claim(number: int, claim: Result) -> Section:
+    return Section(
+        f"claim-{number}",
+        f"{claim['name']} ({_MARKS[claim['verdict']]})",
+        (Prose(f"Rule: {claim['rule']}"), Prose(f"The numbers allow: {claim['allows']}")),
+        lead=f"The paper says: {claim['says']}",
     )
 
 
@@ -403,17 +235,6 @@ def _index_notices(results: Sequence[Result]) -> tuple[Notice, ...]:
     return (Notice("Only in smoke size, so without verdicts:", smoke),) if smoke else ()
 
 
-def _edge(choice: Result) -> str:
-    words = [f"widened {choice['widened']} times" if choice["widened"] != 1 else "widened once"]
-    if not choice["widened"]:
-        words = ["as it was"]
-    if choice["plateau"]:
-        words.append("flat at its edge")
-    elif choice["on_edge"]:
-        words.append("best still at its edge")
-    return ", ".join(words)
-
-
 def _name(result: Result) -> str:
     return (
         f"{result['slug']}.html" if result["size"] != "custom" else f"{result['slug']}-custom.html"
@@ -426,17 +247,3 @@ def _suffix(result: Result) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _value(entry: Result) -> str:
-    return _short(entry["mean"])
-
-
-def _span(entry: Result) -> str:
-    if entry["low"] is None or entry["high"] is None:
-        return ""
-    return f"{entry['low']:.4g} to {entry['high']:.4g}"
