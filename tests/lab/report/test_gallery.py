@@ -10,6 +10,8 @@ import pytest
 from guywire.core.errors import DataError
 from guywire.lab.report import gallery
 from guywire.lab.report.figures.measures import Measure, Track, dots, scatter, tracks
+from guywire.lab.report.measured import marks_of
+from guywire.lab.report.palette import LIGHT
 from guywire.lab.studies.runner import run_study
 
 COIN = str(Path(__file__).parents[1] / "studies/falling_coin.py")
@@ -89,6 +91,19 @@ def test_damaged_and_missing_results_are_named(tmp_path: Path) -> None:
     path.write_text('{"format": 99, "size": "full"}')
     with pytest.raises(DataError, match="of another version"):
         gallery.write(tmp_path)
+
+
+def test_marks_differ_within_a_plot_and_stay_between_plots() -> None:
+    groups = [[f"{group}: {arm}" for arm in ("plain", "L2", "EWC", "new")] for group in "abcdef"]
+    plots = [{"conditions": names} for names in [*groups, [groups[0][1], groups[1][1]]]]
+    conditions = [*(name for names in groups for name in names), "never plotted"]
+    marks = marks_of(plots, conditions)
+    assert set(marks) == set(conditions)
+    for names in groups:
+        assert len({marks[name] for name in names}) == len(names)
+        assert [marks[name] for name in names[:3]] == [marks[name] for name in groups[0][:3]]
+    many = [str(i) for i in range(3 * len(LIGHT))]
+    assert set(marks_of([], many).values()) == set(range(len(LIGHT)))
 
 
 def test_dots_stand_where_their_numbers_say() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guywire.core.errors import DataError, need
-from guywire.lab.report.measured import again, figure, numbers
+from guywire.lab.report.measured import again, figure, marks_of, numbers
 from guywire.lab.report.page import (
     Cell,
     Column,
@@ -20,7 +20,6 @@ from guywire.lab.report.page import (
     Table,
     write_page,
 )
-from guywire.lab.report.palette import series
 
 __all__ = ["index_page", "read_results", "study_page", "write"]
 
@@ -153,8 +152,7 @@ def study_page(result: Result) -> Page:
         The page.
     """
     conditions = list(dict.fromkeys(s["condition"] for s in result["statistics"]))
-    plotted = [c for plot in result["plots"] for c in plot["conditions"]]
-    marks = series(dict.fromkeys([*plotted, *conditions]))
+    marks = marks_of(result["plots"], conditions)
     figures = [f for plot in result["plots"] if (f := figure(plot, result, marks)) is not None]
     sections = [_claim(number, claim) for number, claim in enumerate(result["claims"], start=1)]
     if figures:

@@ -7,10 +7,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from guywire.lab.report.page import Cell, Code, Column, Figure, Prose, Table
+from guywire.lab.report.palette import LIGHT, series
 
-__all__ = ["again", "figure", "numbers"]
+__all__ = ["again", "figure", "marks_of", "numbers"]
 
 Result = Mapping[str, Any]
+
+
+def marks_of(plots: Sequence[Result], conditions: Sequence[str]) -> dict[str, int]:
+    """Give conditions their colours and shapes: the same in all plots, different within each.
+
+    Args:
+        plots: as the result file describes them.
+        conditions: all that there are.
+
+    Returns:
+        Condition to series. In a plot two share one only if it has more conditions than there are
+        series, or if earlier plots, which did not show both, gave them the same.
+    """
+    marks: dict[str, int] = {}
+    for names in [*(plot["conditions"] or conditions for plot in plots), conditions]:
+        wishes = series(names)
+        used = {marks[name] for name in names if name in marks}
+        free = [index for index in range(len(LIGHT)) if index not in used]
+        for name in (name for name in names if name not in marks):
+            marks[name] = wishes[name] if wishes[name] in free or not free else free[0]
+            if marks[name] in free:
+                free.remove(marks[name])
+    return marks
 
 
 def figure(plot: Result, result: Result, marks: Mapping[str, int]) -> Figure | None:
