@@ -23,7 +23,7 @@ Loss = Literal["masked", "softmax", "sigmoid", "sigmoid-new"]
 itself, old ones with target 0; ``sigmoid-new``: the same without the old ones, which prediction
 distillation then covers."""
 
-_BATCH = 256
+_BATCH = 64
 
 
 class Recipe:
@@ -91,7 +91,7 @@ def learn(
         the end), and the curve ``accuracy_so_far``.
     """
     shown = stream.tasks[:tasks]
-    held_out = [getattr(task, part) for task in shown]
+    held_out = [_by_length(stream, getattr(task, part)) for task in shown]
     start = {n: p.detach().clone() for n, p in _moving(model.backbone).items()}
     growing, shuffling = work.generator("head"), work.generator("shuffle")
     rows: list[dict[str, Any]] = []
@@ -209,7 +209,7 @@ def _train(
                 if schedule is not None:
                     schedule.step()
         if not (last or recipe.joint):
-            wires.consolidate(stream.loader(task.train, 32))
+            wires.consolidate(stream.loader(_by_length(stream, task.train), 32))
 
 
 def _loss(kind: Loss, logits: Tensor, labels: Tensor, new: Sequence[int]) -> Tensor:
@@ -231,6 +231,13 @@ def _batches(
     order = (lengths + 1.0 * torch.rand(len(split), generator=generator)).argsort().split(size)
     for i in torch.randperm(len(order), generator=generator).tolist():
         yield from stream.batches(split.subset(order[i]), size)
+
+
+def _by_length(stream: Stream, split: Split) -> Split:
+    """Sort texts by their length where their order does not matter, for the same reason."""
+    if stream.kind != "text" or not isinstance(split.inputs, Tensor):
+        return split
+    return split.subset((split.inputs != stream.pad_id).sum(1).argsort(stable=True))
 
 
 def _all_of(tasks: Sequence[Task]) -> Task:
