@@ -20,6 +20,7 @@ __all__ = ["STUDIES", "load", "module_of"]
 STUDIES: dict[str, str] = {
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
     "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
+    "stability-gap": "guywire.lab.studies.stability_gap",
 }
 """Slug to module; a new study adds its line here."""
 
