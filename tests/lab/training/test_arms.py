@@ -131,3 +131,9 @@ def test_distillation_follows_the_loss() -> None:
 def test_what_makes_no_sense_is_refused(method: str, options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         arms.check(CompareConfig(methods=(method,), options=options))
+
+
+def test_the_word_true_may_stand_unquoted_where_it_is_a_choice() -> None:
+    (regularizer,) = build("ewc", ewc={"labels": True, "decoupled": True}).regularizers
+    assert regularizer.labels == "true"  # type: ignore[attr-defined]
+    assert regularizer.decoupled is True  # type: ignore[attr-defined]

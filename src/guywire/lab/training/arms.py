@@ -310,6 +310,8 @@ def _checked(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key not in kinds:
             raise UsageError(f"unknown key {key!r} in [options.{part.name}]: {nearest(key, kinds)}")
+        if isinstance(value, bool) and str(value).lower() in _choices(cls, key):
+            value = str(value).lower()  # `--option ewc.labels=true` means the word
         try:
             values[key] = kinds[key].validate_python(value)
         except pydantic.ValidationError as error:
