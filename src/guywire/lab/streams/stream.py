@@ -200,10 +200,10 @@ class Stream:
                 at = order[start : start + block]
                 inputs, labels = split.inputs[at], split.labels[at]
             made = make(inputs, labels)
-            if text:
-                yield made
-            else:
+            if isinstance(made, tuple):
                 yield from zip(*(part.split(batch_size) for part in made), strict=True)
+            else:
+                yield made
 
     def loader(self, split: Split, batch_size: int) -> Loader:
         """Return something that gives the batches of a split, unshuffled, as often as it is asked.
