@@ -24,6 +24,7 @@ from guywire.lab.studies.stability_gap.measure import (
 )
 from guywire.lab.studies.stability_gap.series import series
 from guywire.lab.studies.study import Work
+from guywire.methods.penalties.ewc import ewc_penalty
 
 __all__ = ["ARMS", "learn", "network", "tune", "within_task"]
 
@@ -236,8 +237,10 @@ class _Run:
             drawn = None if held.buffer_ is None else held.buffer_.draw(len(y), self.watching)
             return None if drawn is None else self.criterion(self.model(drawn[0]), drawn[1])
         if isinstance(held, gw.EWC):
-            penalty = held.penalty()
-            return None if penalty is None else penalty / self.strength
+            if not held.mean_:
+                return None
+            # wires.penalty() tells the value only; this one has a graph.
+            return ewc_penalty(dict(self.model.named_parameters()), held.mean_, held.precision_)
         if isinstance(held, gw.PredictionDistillation):
             return held.loss((x, y), self.model(x))
         return None
