@@ -145,25 +145,33 @@ def _run(
 
 
 class _Progress:
-    """A bar on standard error: units done of those known so far."""
+    """Units done of those known so far, on standard error: a bar, or lines where nobody looks on."""
 
     def __init__(self, title: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn as Elapsed
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
+        self._title = Path(title).stem
+        self._screen = console.log()
         self._bar = Progress(
             TextColumn("{task.fields[title]}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            Elapsed(),
+            TimeElapsedColumn(),
             TextColumn("{task.description}"),
-            console=console.log(),
+            console=self._screen,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", title=Path(title).stem, total=None)
+        self._task = self._bar.add_task("starting", title=self._title, total=None)
 
     def __enter__(self) -> _Progress:
-        self._bar.start()
+        if self._screen.is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -171,6 +179,8 @@ class _Progress:
 
     def __call__(self, done: int, known: int, text: str) -> None:
         self._bar.update(self._task, completed=done, total=known, description=text[:60])
+        if text and not self._screen.is_terminal:
+            self._screen.print(f"{self._title}: {done} of {known} units, {text}", markup=False)
 
 
 def _assignment(text: str) -> tuple[str, Any]:
