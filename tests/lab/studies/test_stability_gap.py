@@ -275,7 +275,8 @@ def test_gap(gap, wf, forgetting, verdict):
     ],
 )
 def test_drop_and_recovery(stream, drop, regained, verdict):
-    names = {"drop": drop, "regained": regained, "lowest_after": (3,) * 3, "half_after": (9,) * 3}
+    names = {"drop": drop, "regained": regained, "wf10": (0.2,) * 3}
+    names |= {"lowest_after": (3,) * 3, "half_after": (9,) * 3}
     judged = CLAIM[f"drop and recovery, {stream}"].judge(
         table({(f"{stream}: ER", m): v for m, v in names.items()})
     )

@@ -71,7 +71,7 @@ SMOKE: dict[str, Any] = {
 
 _DIGITS = ("finetune", "ER", "ER, all kept", "GEM", "EWC", "LwF")
 _OTHERS = ("finetune", "ER", "GEM", "EWC", "LwF")
-_GARMENTS = ("finetune", "ER")
+_GARMENTS = ("ER",)
 
 # The middle of each grid of decades, widened while the best lies on its edge.
 _MIDDLE = {"digits": 100.0, "digits by task": 100.0, "styles": 100.0}
@@ -141,6 +141,13 @@ def _nothing_pulls_yet(table: Table) -> bool:
     )
 
 
+def _pulls_later(table: Table) -> bool:
+    arms = [c for c in table.conditions() if c.endswith((": EWC", ": LwF"))]
+    return bool(arms) and all(
+        value > 1e-6 for arm in arms for value in table.values(arm, "stability_peak").values()
+    )
+
+
 def _windows_nest(table: Table) -> bool:
     return all(
         value <= table.values(condition, "wf100")[seed] + 1e-9
@@ -168,6 +175,7 @@ STUDY = Study(
         Check("the worst case is a lower bound of the average accuracy", _bounded),
         Check("a longer window sees no smaller drop", _windows_nest),
         Check("at the first switch EWC and distillation have no gradient", _nothing_pulls_yet),
+        Check("after a switch they come to have one", _pulls_later),
     ),
     plots=(
         Plot(
@@ -253,7 +261,10 @@ STUDY = Study(
         "over all classes.",
         "Distillation keeps to the softmax over old classes (the paper's code does not renormalise), so "
         "that its gradient is zero at every switch; with the task known it is over all old classes too.",
-        "Garments are learnt bare and with replay only: they are there to show that the gap is not of "
-        "digits.",
+        "Garments are learnt with replay only: they are there to show that the gap is not of digits.",
+        "Of the digits the first task is zeros and ones, the easiest pair. Where it falls by less than its "
+        "rule asks, this is our reason: later pairs fall farther, as WF^10 and min-ACC, which average over "
+        "tasks, say. At the size of 5,400 samples a class, 141 updates a task and 500 evaluated samples, "
+        "which was tried with one seed, it fell no farther.",
     ),
 )

@@ -69,7 +69,8 @@ def _fall(table: Table, arm: str) -> Judgement:
         by_seed(holds),
         f"With replay the first task falls by {_percent(table.mean(arm, 'drop'))} points after a "
         f"switch, lowest after {low:.0f} updates, and regains {_percent(table.mean(arm, 'regained'))} % "
-        f"of that by the new task's end (half of it after {half:.0f} updates).",
+        f"of that by the new task's end (half of it after {half:.0f} updates). A task's largest fall "
+        f"within ten updates, averaged over all tasks, is {_percent(table.mean(arm, 'wf10'))} points.",
     )
 
 
