@@ -50,11 +50,14 @@ def data_folder() -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say loudly how many tests were skipped for want of data or a browser."""
-    for word, remedy in (("data folder", "set GUYWIRE_DATA"), ("browser", "install chromium")):
+    for word, sign, remedy in (
+        ("data folder", "guywire_data", "set GUYWIRE_DATA"),
+        ("browser", "browser", "install chromium"),
+    ):
         skipped = [
             report
             for report in terminalreporter.stats.get("skipped", [])
-            if word in str(getattr(report, "longrepr", "")).lower()
+            if sign in str(getattr(report, "longrepr", "")).lower()
         ]
         if skipped:
             terminalreporter.write_line(
