@@ -45,9 +45,10 @@ SETTINGS: dict[str, Any] = {
     "style_batch": 64,
     "style_memory": 160,
     "style_updates": 100,
-    # Turned digits.
+    # Turned digits: as many updates as an epoch of all 60,000 has.
     "angles": [10, 30, 60, 80],
     "turned_tasks": 3,
+    "turned_updates": 235,
     # How EWC's strength is chosen.
     "tuning_tasks": 3,
     "points": 3,
@@ -64,6 +65,7 @@ SMOKE: dict[str, Any] = {
     "style_classes": 3,
     "style_updates": 12,
     "turned_tasks": 2,
+    "turned_updates": 24,
     "tuning_tasks": 2,
     "points": 2,
     "widen": 0,

@@ -33,6 +33,9 @@ ARMS = ("finetune", "ER", "ER, all kept", "GEM", "EWC", "LwF")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
+_UPDATES = {"styles": "style_updates", "turned": "turned_updates"}
+"""Streams that have a number of updates a task of their own, and the setting that says it."""
+
 
 def learn(
     work: Work, *, stream: str, arm: str, angle: float = 0.0, strength: float = 1.0
@@ -170,7 +173,7 @@ class _Run:
     def __init__(self, work: Work, data: Stream, stream: str, arm: str, strength: float) -> None:
         s = work.settings
         self.data = data
-        self.updates: int = s["style_updates"] if stream == "styles" else s["updates"]
+        self.updates: int = s.get(_UPDATES.get(stream, ""), s["updates"])
         self.batch: int = s["style_batch"] if stream == "styles" else s["batch"]
         self.every: int = s["split_every"]
         self.model = network(data.shape, len(data.class_names), work.generator("network"))
