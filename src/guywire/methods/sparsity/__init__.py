@@ -1,0 +1,5 @@
+"""Which parameters move at all: halves, smallest weights, learnt masks."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
