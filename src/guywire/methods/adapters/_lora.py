@@ -86,7 +86,7 @@ def sites(model: nn.Module, adapters: Sequence[str] | None = None) -> list[Site]
                 Site(
                     canonical(name),
                     adapter,
-                    module,
+                    module,  # type: ignore[arg-type]
                     down.weight,  # type: ignore[arg-type]
                     up.weight,  # type: ignore[arg-type]
                     float(module.scaling[adapter]),
