@@ -7,7 +7,7 @@ import torch
 
 import guywire as gw
 from guywire.core.errors import UsageError
-from guywire.testing import CHECKS, Subject, check_regularizer, checks
+from guywire.testing import CHECKS, Subject, check_regularizer, checks, dressed
 from guywire.testing.conformance import run_check
 
 
@@ -208,3 +208,34 @@ def test_bad_subjects():
     with pytest.raises(UsageError, match="top level of a file"):
         Subject(lambda **keywords: Sound(**keywords))
     Subject(lambda **keywords: Sound(**keywords), needs_processes=False)
+
+
+class _Seen(gw.Regularizer):
+    """Notes the kinds of layers that it is attached to."""
+
+    title = "notes"
+    kinds: list[str] = []
+
+    def setup(self, model):
+        type(self).kinds.extend(type(m).__name__ for m in model.modules())
+
+
+def _with_lora(model):
+    import peft
+
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["first"]), model)
+
+
+@dressed(_with_lora)
+def seen_dressed(**keywords):
+    return _Seen(**keywords)
+
+
+def test_a_dressed_factory_gets_models_of_its_kind_and_others_do_not():
+    _Seen.kinds.clear()
+    run_check(Subject(seen_dressed, needs_processes=False), "corners")
+    assert "ModuleDict" in _Seen.kinds  # where a LoRA layer keeps its factors
+    _Seen.kinds.clear()
+    run_check(Subject(_Seen, needs_processes=False), "corners")
+    assert _Seen.kinds
+    assert "ModuleDict" not in _Seen.kinds

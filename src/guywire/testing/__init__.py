@@ -9,8 +9,17 @@ from guywire.testing.conformance import (
     Subject,
     check_regularizer,
     checks,
+    dressed,
     prepare,
 )
 from guywire.testing.processes import run_processes
 
-__all__ = ["CHECKS", "Subject", "check_regularizer", "checks", "prepare", "run_processes"]
+__all__ = [
+    "CHECKS",
+    "Subject",
+    "check_regularizer",
+    "checks",
+    "dressed",
+    "prepare",
+    "run_processes",
+]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +15,18 @@ from guywire.core.regularizer import Regularizer
 
 CLASSES = 4
 Batch = tuple[Tensor, Tensor]
+
+_dress: ContextVar[Callable[[nn.Module], nn.Module] | None] = ContextVar("dress", default=None)
+
+
+@contextlib.contextmanager
+def dressed_as(factory: Callable[..., Any]) -> Iterator[None]:
+    """Within, models are built as the factory of a regularizer wants them (LoRA, masks)."""
+    token = _dress.set(getattr(factory, "dress", None))
+    try:
+        yield
+    finally:
+        _dress.reset(token)
 
 
 class Plain(nn.Module):
@@ -58,12 +72,15 @@ def build(kind: type[nn.Module], dtype: torch.dtype = torch.float64, seed: int =
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = kind()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                p.copy_(noise / p.shape[-1] ** 0.5)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1:
+                    noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                    p.copy_(noise / p.shape[-1] ** 0.5)
+        dress = _dress.get()
+        if dress is not None:
+            model = dress(model)
     return model.to(dtype)
 
 

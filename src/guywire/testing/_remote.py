@@ -31,7 +31,8 @@ def prepare(subjects: Mapping[Factory, list[str]]) -> None:
             continue
         saved = None
         if "another_process" in mine:
-            saved, wanted[file, name] = _alone.interrupted(factory)
+            with bench.dressed_as(factory):
+                saved, wanted[file, name] = _alone.interrupted(factory)
         jobs.append({"file": file, "name": name, "checks": mine, "saved": saved})
     if not jobs:
         return
@@ -58,7 +59,8 @@ def check(factory: Factory, name: str, applicable: list[str]) -> None:
     if name == "fsdp2":
         for result in ranks:
             assert result[name]["collectives"] == 0, "it communicates in the step"
-    alone = bench.build(bench.Plain)
+    with bench.dressed_as(factory):
+        alone = bench.build(bench.Plain)
     bench.two_tasks(factory(), alone)
     bench.assert_same(one, bench.state_of(alone), 1e-8)
 
@@ -72,10 +74,11 @@ def perform(rank: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         result: dict[str, Any] = {}
         for name in job["checks"]:
             try:
-                if name == "another_process":
-                    result[name] = {"losses": _alone.resumed(factory, job["saved"])}
-                else:
-                    result[name] = runs[name](rank, factory)
+                with bench.dressed_as(factory):
+                    if name == "another_process":
+                        result[name] = {"losses": _alone.resumed(factory, job["saved"])}
+                    else:
+                        result[name] = runs[name](rank, factory)
             except Exception:
                 result[name] = {"error": traceback.format_exc()}
         results.append(result)

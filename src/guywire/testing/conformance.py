@@ -15,6 +15,13 @@ or one test a check, which says which one failed::
     @pytest.mark.parametrize(("name", "check"), list(checks(MyRegularizer)))
     def test_mine(name, check):
         check()
+
+A method that needs a model of a certain kind, with LoRA layers say, names a function that makes the
+tiny models so::
+
+    @dressed(with_lora)
+    def mine(**keywords):
+        return MyRegularizer(**keywords)
 """
 
 from __future__ import annotations
@@ -24,13 +31,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from guywire.core.errors import UsageError
 from guywire.core.regularizer import Regularizer
+from guywire.testing import _bench as bench
 from guywire.testing import _remote
 from guywire.testing._alone import ALONE
 from guywire.testing.processes import locate
 
-__all__ = ["CHECKS", "Factory", "Subject", "check_regularizer", "checks", "prepare"]
+__all__ = ["CHECKS", "Factory", "Subject", "check_regularizer", "checks", "dressed", "prepare"]
 
 Factory = Callable[..., Regularizer]
 
@@ -85,6 +95,25 @@ class Subject:
         return [name for name in CHECKS if name not in out]
 
 
+def dressed(dress: Callable[[nn.Module], nn.Module]) -> Callable[[Factory], Factory]:
+    """Mark a factory whose regularizer needs models of a certain kind.
+
+    Args:
+        dress: takes a tiny model (linear layers called ``first``, ``second`` in some, ``head``) and
+            returns it with what the regularizer needs, such as LoRA layers. It may change the model
+            in place and draw from torch's global random state, which is seeded for it.
+
+    Returns:
+        A decorator that leaves the factory as it is, but for the attribute ``dress``.
+    """
+
+    def mark(factory: Factory) -> Factory:
+        factory.dress = dress  # type: ignore[attr-defined]
+        return factory
+
+    return mark
+
+
 def checks(
     factory: Factory,
     *,
@@ -126,7 +155,8 @@ def run_check(subject: Subject, name: str) -> None:
     """
     if name in ALONE:
         off = {"strength": 0.0} if subject.off is None else subject.off
-        ALONE[name](subject.factory, off)
+        with bench.dressed_as(subject.factory):
+            ALONE[name](subject.factory, off)
     else:
         _remote.check(subject.factory, name, subject.applicable())
 
