@@ -214,10 +214,10 @@ class _Seen(gw.Regularizer):
     """Notes the kinds of layers that it is attached to."""
 
     title = "notes"
-    kinds: list[str] = []
+    kinds = ()
 
     def setup(self, model):
-        type(self).kinds.extend(type(m).__name__ for m in model.modules())
+        type(self).kinds += tuple(type(m).__name__ for m in model.modules())
 
 
 def _with_lora(model):
@@ -232,10 +232,10 @@ def seen_dressed(**keywords):
 
 
 def test_a_dressed_factory_gets_models_of_its_kind_and_others_do_not():
-    _Seen.kinds.clear()
+    _Seen.kinds = ()
     run_check(Subject(seen_dressed, needs_processes=False), "corners")
     assert "ModuleDict" in _Seen.kinds  # where a LoRA layer keeps its factors
-    _Seen.kinds.clear()
+    _Seen.kinds = ()
     run_check(Subject(_Seen, needs_processes=False), "corners")
     assert _Seen.kinds
     assert "ModuleDict" not in _Seen.kinds
