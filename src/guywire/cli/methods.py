@@ -43,7 +43,8 @@ def card(name: str) -> dict[str, Any]:
 
     Returns:
         ``name``, ``kind``, ``summary``, ``when``; of methods of the library also ``place``,
-        ``title``, ``arxiv``, ``memory``, ``passes``, ``export`` and ``options``.
+        ``title``, ``arxiv``, ``memory``, ``passes`` and ``export``; ``options`` of those that have
+        any.
 
     Raises:
         UsageError: no such method.
@@ -61,10 +62,13 @@ def card(name: str) -> dict[str, Any]:
         "when": part.when,
     }
     cls = part.cls
+    options = {
+        key: {"default": part.defaults.get(key, default), "help": text}
+        for key, (_, default, text) in part.extra.items()
+    }
     if cls is None:
-        return facts
+        return facts | {"options": options} if options else facts
     described = _arguments(cls)
-    options = {}
     for key, parameter in inspect.signature(cls).parameters.items():
         default = part.defaults.get(key, parameter.default)
         plain = isinstance(default, bool | int | float | str | type(None))
@@ -125,7 +129,7 @@ def _tell(facts: dict[str, Any]) -> None:
     screen = console.out()
     screen.print(f"[bold]{facts['name']}[/bold]: {escape(facts['summary'])}")
     screen.print(escape(facts["when"]))
-    if facts["kind"] == "baseline":
+    if not facts.get("options"):
         return
     screen.print()
     for label, key in (
@@ -136,7 +140,7 @@ def _tell(facts: dict[str, Any]) -> None:
         ("extra memory (parameters)", "memory"),
         ("extra passes", "passes"),
     ):
-        if facts[key]:
+        if facts.get(key):
             screen.print(f"{label}: {facts[key]}", markup=False)
     table = Table(title="options", title_justify="left")
     for heading in ("--option", "default", "meaning"):

@@ -19,6 +19,7 @@ import pydantic
 import guywire
 from guywire.core.errors import UsageError
 from guywire.core.regularizer import Regularizer
+from guywire.lab.training import adapters
 from guywire.lab.training.config import CompareConfig, TrialSpec, nearest
 from guywire.lab.training.criterion import Criterion
 from guywire.lab.training.seeding import seed_of
@@ -38,6 +39,7 @@ class Part:
         export: the class's public name in ``guywire``; empty for baselines.
         defaults: options that differ from the class's own defaults.
         alone: it cannot be combined with others.
+        adapted: it trains LoRA adapters and the head, and takes the options of those as well.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Part:
     export: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
+    adapted: bool = False
+
+    @property
+    def extra(self) -> dict[str, tuple[type, Any, str]]:
+        """Options of the loop rather than of the class: kind, default and meaning."""
+        return adapters.OPTIONS if self.adapted else {}
 
     @property
     def cls(self) -> type[Regularizer] | None:
@@ -77,6 +85,14 @@ _ALL = (
         "freeze the backbone, train the head",
         "Nothing of the backbone is forgotten, nothing is learnt either. The backbone is frozen "
         "from the start if it is pretrained, and after the first task if it is not.",
+    ),
+    Part(
+        "lora",
+        "baseline",
+        "train LoRA adapters and the head only",
+        "When full fine-tuning is too dear: few weights move, and the pretrained ones stay as they "
+        "are. It forgets all the same: the adapters move from task to task.",
+        adapted=True,
     ),
     Part(
         "joint",
@@ -163,12 +179,15 @@ class Arm:
         regularizers: to attach, in order.
         frozen: train the head only.
         joint: train on all data so far.
+        lora: settings of LoRA adapters, the only weights to train beside the head; ``None`` for
+            all weights.
     """
 
     name: str
     regularizers: list[Regularizer]
     frozen: bool = False
     joint: bool = False
+    lora: dict[str, Any] | None = None
 
 
 def parts_of(method: str, options: Mapping[str, Mapping[str, Any]]) -> list[Part]:
@@ -251,7 +270,10 @@ def build(spec: TrialSpec, criterion: Criterion) -> Arm:
     """
     settings = settings_of(spec.method, spec.options)
     regularizers = []
+    lora: dict[str, Any] | None = None
     for name, values in settings.items():
+        extra = {key: values.pop(key) for key in PARTS[name].extra}
+        lora = (lora or {}) | extra if extra else lora
         cls = PARTS[name].cls
         if cls is None:
             continue
@@ -263,7 +285,13 @@ def build(spec: TrialSpec, criterion: Criterion) -> Arm:
         if "kind" in known and spec.loss == "sigmoid" and "sigmoid" in _choices(cls, "kind"):
             values.setdefault("kind", "sigmoid")
         regularizers.append(cls(**values))
-    return Arm(spec.method, regularizers, frozen="frozen" in settings, joint="joint" in settings)
+    return Arm(
+        spec.method,
+        regularizers,
+        frozen="frozen" in settings,
+        joint="joint" in settings,
+        lora=lora,
+    )
 
 
 def distils_by_sigmoid(arm: Arm) -> bool:
@@ -301,16 +329,15 @@ def check(config: CompareConfig) -> None:
 
 def _checked(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
     cls = part.cls
-    if cls is None:
-        if given:
-            raise UsageError(f"{part.name!r} has no option {min(given)!r}: it takes none")
-        return {}
-    kinds = _kinds(cls)
-    values = dict(part.defaults)
+    kinds = dict(_kinds(cls)) if cls else {}
+    kinds |= {key: pydantic.TypeAdapter(kind) for key, (kind, _, _) in part.extra.items()}
+    if not kinds and given:
+        raise UsageError(f"{part.name!r} has no option {min(given)!r}: it takes none")
+    values = {key: default for key, (_, default, _) in part.extra.items()} | dict(part.defaults)
     for key, value in given.items():
         if key not in kinds:
             raise UsageError(f"unknown key {key!r} in [options.{part.name}]: {nearest(key, kinds)}")
-        if isinstance(value, bool) and str(value).lower() in _choices(cls, key):
+        if cls and isinstance(value, bool) and str(value).lower() in _choices(cls, key):
             value = str(value).lower()  # `--option ewc.labels=true` means the word
         try:
             values[key] = kinds[key].validate_python(value)

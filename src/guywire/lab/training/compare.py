@@ -13,7 +13,7 @@ import guywire
 from guywire.core.errors import UsageError
 from guywire.lab import models, streams
 from guywire.lab.streams import Stream
-from guywire.lab.training import arms, optimizers, results
+from guywire.lab.training import adapters, arms, optimizers, results
 from guywire.lab.training.config import CompareConfig
 from guywire.lab.training.criterion import Criterion
 from guywire.lab.training.grid import Outcome, default_workers, run_grid
@@ -127,16 +127,24 @@ def _usual_model(stream: Stream) -> str:
 
 def _rehearse(config: CompareConfig, stream: Stream) -> None:
     """Attach every method once to a fresh model, so that what cannot work fails now, by name."""
-    model = models.build(config.model or "mlp", stream, torch.Generator().manual_seed(0))
-    model.grow(len(stream.tasks[0].classes), torch.Generator().manual_seed(0))
+    model = _fresh(config, stream)
     criterion = Criterion(stream, config.loss)
     for spec in config.trials()[: len(config.methods)]:
         arm = arms.build(spec, criterion)
-        if arm.frozen and optimizers.is_pretrained(spec.model):
-            model.backbone.requires_grad_(False)
+        pretrained = optimizers.is_pretrained(spec.model)
+        mine = _fresh(config, stream) if arm.lora is not None else model
         try:
-            optimizer = optimizers.make(spec, model)
-            guywire.attach(model, optimizer, arm.regularizers).detach()
+            if arm.lora is not None:
+                if not pretrained:
+                    raise UsageError(
+                        "it freezes the backbone and trains adapters of it, and this one has "
+                        "random weights: use --model minilm or hf:NAME"
+                    )
+                adapters.inject(mine.backbone, torch.Generator().manual_seed(0), arm.lora)
+            elif arm.frozen and pretrained:
+                mine.backbone.requires_grad_(False)
+            optimizer = optimizers.make(spec, mine)
+            guywire.attach(mine, optimizer, arm.regularizers).detach()
         except guywire.GuywireError as error:
             raise UsageError(
                 f"the method {spec.method!r} cannot be used with the model {spec.model!r} on "
@@ -144,3 +152,9 @@ def _rehearse(config: CompareConfig, stream: Stream) -> None:
             ) from error
         finally:
             model.requires_grad_(True)
+
+
+def _fresh(config: CompareConfig, stream: Stream) -> models.Classifier:
+    model = models.build(config.model or "mlp", stream, torch.Generator().manual_seed(0))
+    model.grow(len(stream.tasks[0].classes), torch.Generator().manual_seed(0))
+    return model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from guywire import diagnostics
 from guywire.core import batches
 from guywire.core.aside import undisturbed
+from guywire.lab.models import Classifier
 from guywire.lab.streams import Split, Stream
 from guywire.lab.training.config import EvaluationConfig
 from guywire.lab.training.seeding import seed_of
 
-__all__ = ["accuracy", "matrix_row", "monitor", "summary"]
+__all__ = ["accuracy", "matrix_row", "monitor", "summary", "task_given"]
 
 Row = list[float | None]
 
@@ -129,6 +131,40 @@ def monitor(
         batch_size=_BATCH,
         **shared,
     )
+
+
+@contextmanager
+def task_given(model: Classifier, stream: Stream, task: int) -> Iterator[None]:
+    """Within, logits outside the task's classes count as impossible, if the task is given.
+
+    In the scenario ``task`` the model that is trained is p(y | x, task), and so is the one whose
+    Fisher information is asked for.
+
+    Args:
+        model: the model.
+        stream: the tasks.
+        task: which.
+
+    Yields:
+        Nothing.
+    """
+    if stream.scenario != "task":
+        yield
+        return
+    outside = torch.ones(model.classes, dtype=torch.bool)
+    outside[list(stream.tasks[task].classes)] = False
+
+    def hide(module: Any, inputs: Any, outputs: Tensor) -> Tensor | None:
+        if module is not model:  # a teacher that was copied from it, hook and all
+            return None
+        # A finite number, for 0 * log 0 must be 0; its probability is exactly 0 all the same.
+        return outputs.masked_fill(outside.to(outputs.device), -1e4)
+
+    handle = model.register_forward_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def summary(

@@ -43,24 +43,26 @@ def defaults(training: Training, model: str) -> dict[str, Any]:
     return {"optimizer": kind, "lr": rate}
 
 
-def make(training: Training, model: nn.Module) -> torch.optim.Optimizer:
+def make(training: Training, model: nn.Module, *, lr: float | None = None) -> torch.optim.Optimizer:
     """Make a fresh optimiser for the parameters that may move.
 
     Args:
         training: the settings.
         model: the model; its ``name`` decides settings that are not given.
+        lr: in place of the settings' own.
 
     Returns:
         The optimiser.
     """
     settings = defaults(training, str(getattr(model, "name", "")))
+    rate = settings["lr"] if lr is None else lr
     params = [p for p in model.parameters() if p.requires_grad]
     if settings["optimizer"] == "sgd":
         return torch.optim.SGD(
             params,
-            lr=settings["lr"],
+            lr=rate,
             momentum=training.momentum,
             weight_decay=training.weight_decay,
         )
     kind = torch.optim.Adam if settings["optimizer"] == "adam" else torch.optim.AdamW
-    return kind(params, lr=settings["lr"], weight_decay=training.weight_decay)
+    return kind(params, lr=rate, weight_decay=training.weight_decay)

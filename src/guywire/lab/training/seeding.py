@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["generator", "seed_of"]
+__all__ = ["deterministic", "generator", "seed_of"]
 
 
 def seed_of(*parts: str | int) -> int:
@@ -37,3 +39,26 @@ def generator(*parts: str | int) -> torch.Generator:
         A new generator.
     """
     return torch.Generator().manual_seed(seed_of(*parts))
+
+
+@contextmanager
+def deterministic(threads: int) -> Iterator[None]:
+    """Make torch's results repeatable within the context.
+
+    Args:
+        threads: of torch; sums over several threads differ in the last digits.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if before[0] != threads:
+            torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
+        if before[0] != threads:
+            torch.set_num_threads(before[0])

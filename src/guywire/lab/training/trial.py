@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import guywire
 from guywire.core import batches, checkpoint
@@ -25,7 +22,7 @@ from guywire.core.attach import Wires
 from guywire.core.errors import CheckpointError, NonFiniteError
 from guywire.lab import models, streams
 from guywire.lab.streams import Split, Stream
-from guywire.lab.training import arms, evaluate, optimizers
+from guywire.lab.training import adapters, arms, evaluate, optimizers
 from guywire.lab.training.config import TrialSpec
 from guywire.lab.training.criterion import Criterion
 from guywire.lab.training.record import (
@@ -36,9 +33,9 @@ from guywire.lab.training.record import (
     result_of,
     split_bytes,
 )
-from guywire.lab.training.seeding import generator, seed_of
+from guywire.lab.training.seeding import deterministic, generator, seed_of
 
-__all__ = ["Trial", "deterministic", "run_trial"]
+__all__ = ["Trial", "run_trial"]
 
 _STATE = "state.safetensors"
 _PROGRESS_SECONDS = 0.5
@@ -90,29 +87,6 @@ def run_trial(
         return trial.run()
 
 
-@contextmanager
-def deterministic(threads: int) -> Iterator[None]:
-    """Make torch's results repeatable within the context.
-
-    Args:
-        threads: of torch; sums over several threads differ in the last digits.
-
-    Yields:
-        Nothing.
-    """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        if before[0] != threads:
-            torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
-        if before[0] != threads:
-            torch.set_num_threads(before[0])
-
-
 class Trial:
     """The state of one trial and its loop.
 
@@ -129,6 +103,8 @@ class Trial:
         self.model = models.build(spec.model, stream, self._generator("init"))
         self.criterion = Criterion(stream, spec.loss)
         self.arm = arms.build(spec, self.criterion)
+        if self.arm.lora is not None:
+            adapters.inject(self.model.backbone, self._generator("adapters"), self.arm.lora)
         self.criterion.suit(joint=self.arm.joint, distilled=arms.distils_by_sigmoid(self.arm))
         self.steps = [
             spec.epochs * math.ceil(len(self._train_split(t)) / spec.batch_size)
@@ -262,7 +238,8 @@ class Trial:
             self.model.backbone.requires_grad_(False)
         self._train_mode()
         self.criterion.begin(task)
-        self.optimizer = optimizers.make(self.spec, self.model)
+        rate = None if self.arm.lora is None else self.arm.lora["lr"]
+        self.optimizer = optimizers.make(self.spec, self.model, lr=rate)
         self.wires = guywire.attach(self.model, self.optimizer, self.arm.regularizers)
 
     def _let_go(self) -> None:
@@ -323,7 +300,7 @@ class Trial:
         loader = self.stream.loader(self.stream.tasks[task].train, self.spec.batch_size)
         self._check_finite()
         try:
-            with self._task_given(task):
+            with evaluate.task_given(self.model, self.stream, task):
                 self.wires.consolidate(loader)
         except NonFiniteError as error:
             raise NonFiniteError(
@@ -344,31 +321,6 @@ class Trial:
         p.task, p.epoch, p.batch = task + 1, 0, 0
         self._begun = False
         self._show()
-
-    @contextmanager
-    def _task_given(self, task: int) -> Iterator[None]:
-        """Within, logits outside the task's classes count as impossible, if the task is given.
-
-        In the scenario ``task`` the model that is trained is p(y | x, task), and so is the one
-        whose Fisher information is asked for.
-        """
-        if self.stream.scenario != "task":
-            yield
-            return
-        outside = torch.ones(self.model.classes, dtype=torch.bool)
-        outside[list(self.stream.tasks[task].classes)] = False
-
-        def hide(module: Any, inputs: Any, outputs: Tensor) -> Tensor | None:
-            if module is not self.model:  # a teacher that was copied from it, hook and all
-                return None
-            # A finite number, for 0 * log 0 must be 0; its probability is exactly 0 all the same.
-            return outputs.masked_fill(outside.to(outputs.device), -1e4)
-
-        handle = self.model.register_forward_hook(hide)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _train_split(self, task: int) -> Split:
         own = self.stream.tasks[task].train
