@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from guywire.core.accumulate import Accumulator
 from guywire.core.errors import DataError
-from guywire.curvature import diagonal_fisher
+from guywire.curvature import diagonal_fisher, output_gram
 from guywire.testing import run_processes
 
 pytestmark = pytest.mark.multiprocess
@@ -56,6 +56,7 @@ def in_two(rank):
     ddp = DistributedDataParallel(Model().double())
     for labels in LABELS:
         found[f"ddp-{labels}"] = diagonal_fisher(ddp, parts(rank), labels=labels)
+    found["ddp-gram"] = output_gram(ddp, parts(rank))
     model = Model().double()
     for layer in (model.block, model.head):
         fully_shard(layer)
@@ -70,6 +71,7 @@ def in_two(rank):
             for f, p in zip(sharded.values(), model.parameters(), strict=True)
         )
         found[f"fsdp-{labels}"] = {n: f.full_tensor() for n, f in sharded.items()}
+    found["fsdp-gram"] = output_gram(model, parts(rank))
     after = [p.grad.to_local() for p in model.parameters()]
     found["untouched"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     try:
@@ -97,6 +99,13 @@ def test_two_processes_equal_one(found, kind, labels):
     expected = diagonal_fisher(Model().double(), [data()], labels=labels)
     for rank in found:
         torch.testing.assert_close(rank[f"{kind}-{labels}"], expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_share_products_of_gradients(found, kind):
+    expected = output_gram(Model().double(), [data()])
+    for rank in found:
+        torch.testing.assert_close(rank[f"{kind}-gram"], expected, rtol=1e-9, atol=1e-14)
 
 
 def test_shards_lie_as_the_parameters_and_gradients_stay(found):

@@ -71,7 +71,9 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical(name): p for name, p in unwrap(model).named_parameters()}
 
 
-def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parameter]:
+def select(
+    model: nn.Module, selection: Selection = None, *, frozen: bool = False
+) -> dict[str, nn.Parameter]:
     """Return the trainable parameters that a selection names.
 
     Args:
@@ -79,6 +81,7 @@ def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parame
         selection: ``None`` for every trainable parameter; a glob such as ``"*.attention.*"``; a
             module type such as ``nn.Linear`` (its own parameters, not its children's); a callable
             ``(name, parameter) -> bool``; or a list of these, in which ``"!glob"`` takes away.
+        frozen: take parameters that are not trained as well.
 
     Returns:
         Names to parameters, in the order of the module.
@@ -108,19 +111,19 @@ def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parame
         return bool(rule(names[0], p))
 
     matches: dict[str, nn.Parameter] = {}
-    frozen: list[str] = []
+    untrained: list[str] = []
     for name, p in named_parameters(inner).items():
         names = aliases[id(p)]
         if wanted and not any(hit(rule, names, p) for rule in wanted):
             continue
         if any(hit(rule, names, p) for rule in unwanted):
             continue
-        if p.requires_grad:
+        if p.requires_grad or frozen:
             matches[name] = p
         else:
-            frozen.append(name)
+            untrained.append(name)
     if not matches:
-        raise SelectionError(_nothing(selection, inner, frozen))
+        raise SelectionError(_nothing(selection, inner, untrained))
     return matches
 
 

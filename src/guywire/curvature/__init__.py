@@ -1,5 +1,6 @@
-"""Curvature: the exact per-sample diagonal of the Fisher information."""
+"""Curvature from exact per-sample gradients: the Fisher information's diagonal, and that of outputs."""
 
 from guywire.curvature.fisher import diagonal_fisher
+from guywire.curvature.output_gram import output_gram
 
-__all__ = ["diagonal_fisher"]
+__all__ = ["diagonal_fisher", "output_gram"]

@@ -26,8 +26,9 @@ from guywire.curvature._attention import Attention, projection_rule, repeat_rule
 from guywire.curvature._fallback import LayerCall, batch_dims
 from guywire.curvature._layers import Build, Call, Rule
 from guywire.curvature._layout import Layout, expand, find_layout, splits_positions
-from guywire.curvature._pieces import Direct, Lazy, Piece, Rows, combine, disjoint, widened
-from guywire.curvature._routes import Probe, Routes
+from guywire.curvature._pieces import Direct, Lazy, Piece, Rows, widened
+from guywire.curvature._routes import Probe
+from guywire.curvature._sums import Sums
 
 __all__ = ["Recorder"]
 
@@ -55,7 +56,7 @@ class _Tap:
     what: str
 
 
-class Recorder(Routes):
+class Recorder(Sums):
     """Hooks on a model, and the sums of squares they gather.
 
     Args:
@@ -72,9 +73,7 @@ class Recorder(Routes):
         dtypes: Mapping[str, torch.dtype],
         shapes: Mapping[str, torch.Size],
     ) -> None:
-        super().__init__(model, names)
-        self.dtypes, self.shapes = dtypes, shapes
-        self.totals: dict[str, Tensor] = {}
+        super().__init__(model, names, dtypes, shapes)
         self.plan: dict[tuple[nn.Module, int], Layout] = {}
         self.probing: Probe | None = None
         self.probe: Probe | None = None
@@ -161,11 +160,11 @@ class Recorder(Routes):
             )
             for name, g in zip(named, found[1:], strict=True):
                 if g is not None:
-                    self._total(name).addcmul_(*[g.to(self.dtypes[name])] * 2)
+                    self.add(name, Direct(g[None], self.dtypes[name]), None)
         for call, wanted in self._layer_calls:
             self._finish_layer(call, wanted)
         for name, pieces in self._pending.items():
-            combine(pieces, self._total(name))
+            self.add_sum(name, pieces)
         self._pending = {}
 
     def _bare_parameters(self) -> dict[str, nn.Parameter]:
@@ -192,14 +191,6 @@ class Recorder(Routes):
         finally:
             for p in named.values():
                 p.requires_grad_(False)
-
-    def _total(self, name: str) -> Tensor:
-        if name not in self.totals:
-            device = batches.device_of(self.model)
-            self.totals[name] = torch.zeros(
-                self.shapes[name], dtype=self.dtypes[name], device=device
-            )
-        return self.totals[name]
 
     # -- a layer was called ------------------------------------------------------------------------
 
@@ -271,10 +262,8 @@ class Recorder(Routes):
         with torch.no_grad():
             for key, piece in tap.build(g.detach()).items():
                 name, rows = tap.names[key]
-                uses = self.uses[name]
-                if len(uses) == 1 or disjoint(uses):
-                    total = self._total(name)
-                    piece.square_into(total if rows is None else total[rows[0] : rows[1]])
+                if self.separable(self.uses[name]):
+                    self.add(name, piece, rows)
                 else:
                     whole = piece if rows is None else widened(piece, rows, self.shapes[name])
                     self._pending.setdefault(name, []).append(whole)
@@ -405,7 +394,7 @@ class Recorder(Routes):
             for lo in range(0, call.n, step):
                 for local, g in form(lo, min(call.n, lo + step)).items():
                     name = wanted[local]
-                    Direct(g, self.dtypes[name]).square_into(self._total(name))
+                    self.add(name, Direct(g, self.dtypes[name]), None)
         else:
             for local, name in wanted.items():
 

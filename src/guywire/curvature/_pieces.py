@@ -21,7 +21,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Direct", "Lazy", "Outer", "Piece", "Rows", "Scatter", "combine", "disjoint", "widened"]
+__all__ = [
+    "BUFFER",
+    "Direct",
+    "Lazy",
+    "Outer",
+    "Piece",
+    "Rows",
+    "Scatter",
+    "combine",
+    "disjoint",
+    "joined",
+    "widened",
+]
 
 Rows = tuple[int, int] | None
 
@@ -225,7 +237,7 @@ def combine(pieces: Sequence[Piece], total: Tensor) -> None:
     if len(outers) + len(scatters) < len(pieces) or not plain:
         _square_rows(pieces, total)
     elif not scatters:
-        _joined(outers).square_into(total)
+        joined(outers).square_into(total)
     else:
         scatter = Scatter(
             torch.cat([s.ids for s in scatters], 1),
@@ -238,7 +250,7 @@ def combine(pieces: Sequence[Piece], total: Tensor) -> None:
         elif outers[0].m != scatter.shape[0]:
             _square_rows(pieces, total)
         else:
-            _outer_and_scatter(_joined(outers), scatter, total)
+            _outer_and_scatter(joined(outers), scatter, total)
 
 
 def disjoint(uses: list[Rows]) -> bool:
@@ -261,8 +273,8 @@ def widened(piece: Piece, rows: tuple[int, int], shape: torch.Size) -> Piece:
     return Lazy(form, piece.count, shape, shape.numel())
 
 
-def _joined(outers: Sequence[Outer]) -> Outer:
-    # The same weight at more positions: the sum of outer products runs over all of them.
+def joined(outers: Sequence[Outer]) -> Outer:
+    """Return one piece for several uses of a weight: the sum runs over the positions of all."""
     if len(outers) == 1:
         return outers[0]
 
