@@ -7,6 +7,13 @@ from guywire.core.errors import GuywireError
 from guywire.core.losses import masked_cross_entropy, sigmoid_cross_entropy
 from guywire.core.regularizer import Regularizer
 from guywire.core.selection import select
+from guywire.methods.adapters import (
+    PEGO,
+    diversify_loss,
+    lora_group,
+    merge_lora_group,
+    preserve_loss,
+)
 from guywire.methods.distillation import (
     FeatureDistillation,
     PredictionDistillation,
@@ -23,6 +30,7 @@ __all__ = [
     "GEM",
     "L1",
     "L2",
+    "PEGO",
     "FeatureDistillation",
     "GuywireError",
     "PredictionDistillation",
@@ -32,13 +40,17 @@ __all__ = [
     "attach",
     "curvature",
     "diagnostics",
+    "diversify_loss",
     "ewc_penalty",
     "feature_distillation_loss",
     "gem_project",
     "l1_penalty",
     "l2_penalty",
+    "lora_group",
     "masked_cross_entropy",
+    "merge_lora_group",
     "prediction_distillation_loss",
+    "preserve_loss",
     "schedules",
     "select",
     "sigmoid_cross_entropy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import guywire as gw
-from guywire.testing import CHECKS, Subject, prepare
+from guywire.testing import CHECKS, Subject, dressed, prepare
 from guywire.testing.conformance import run_check
 
 
@@ -65,8 +65,23 @@ def gem(**keywords):
     return gw.GEM(**{"memory_per_task": 64} | keywords)
 
 
+def with_lora_group(model):
+    return gw.lora_group(model, 2, 2, target_modules=["first"])
+
+
+@dressed(with_lora_group)
+def pego(**keywords):
+    return gw.PEGO(**{"strength": 3e-2} | keywords)
+
+
+@dressed(with_lora_group)
+def pego_squares(**keywords):
+    return gw.PEGO(**{"strength": 3e-2, "norm": "fro2", "side": "output"} | keywords)
+
+
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
+GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
 SUBJECTS = {
     "L2": Subject(l2),
     "L2 decoupled": Subject(l2_decoupled),
@@ -89,6 +104,8 @@ SUBJECTS = {
     "Replay balanced": Subject(
         replay_balanced, skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": DRAWS}
     ),
+    "PEGO": Subject(pego, skip={"fsdp2": GATHERS}),
+    "PEGO squares": Subject(pego_squares, skip={"fsdp2": GATHERS}),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
 }
 ROWS = [

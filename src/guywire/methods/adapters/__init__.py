@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from guywire.methods.adapters.groups import lora_group, merge_lora_group
+from guywire.methods.adapters.pego import PEGO, diversify_loss, preserve_loss
+
+__all__ = ["PEGO", "diversify_loss", "lora_group", "merge_lora_group", "preserve_loss"]
