@@ -20,6 +20,7 @@ from guywire.methods.distillation import (
     feature_distillation_loss,
     prediction_distillation_loss,
 )
+from guywire.methods.merging import AdamR
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
 from guywire.methods.rehearsal import GEM, Replay, gem_project
 
@@ -31,6 +32,7 @@ __all__ = [
     "L1",
     "L2",
     "PEGO",
+    "AdamR",
     "FeatureDistillation",
     "GuywireError",
     "PredictionDistillation",

@@ -7,7 +7,7 @@ import torch
 
 import guywire as gw
 from guywire.core.errors import UsageError
-from guywire.testing import CHECKS, Subject, check_regularizer, checks, dressed
+from guywire.testing import CHECKS, Subject, check_regularizer, checks, dressed, driven
 from guywire.testing.conformance import run_check
 
 
@@ -239,3 +239,24 @@ def test_a_dressed_factory_gets_models_of_its_kind_and_others_do_not():
     run_check(Subject(_Seen, needs_processes=False), "corners")
     assert _Seen.kinds
     assert "ModuleDict" not in _Seen.kinds
+
+
+class _Watches(gw.Regularizer):
+    title = "notes optimisers"
+    optimizers = ()
+
+    def before_step(self, step):
+        type(self).optimizers += (type(step.optimizer).__name__,)
+
+
+@driven(torch.optim.Adam)
+def seen_driven(**keywords):
+    return _Watches(**keywords)
+
+
+def test_a_driven_factory_gets_its_optimiser_and_others_get_sgd():
+    for factory, kind in ((seen_driven, "Adam"), (_Watches, "SGD")):
+        for check in ("corners", "gradient"):
+            _Watches.optimizers = ()
+            run_check(Subject(factory, needs_processes=False), check)
+            assert set(_Watches.optimizers) == {kind}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import guywire as gw
-from guywire.testing import CHECKS, Subject, dressed, prepare
+from guywire.testing import CHECKS, Subject, dressed, driven, prepare
 from guywire.testing.conformance import run_check
 
 
@@ -65,6 +66,20 @@ def gem(**keywords):
     return gw.GEM(**{"memory_per_task": 64} | keywords)
 
 
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+@driven(adam)
+def adamr(**keywords):
+    return gw.AdamR(**{"strength": 0.3} | keywords)
+
+
+@driven(adam)
+def adamr_l1(**keywords):
+    return gw.AdamR(**{"strength": 0.1, "kind": "l1"} | keywords)
+
+
 def with_lora_group(model):
     return gw.lora_group(model, 2, 2, target_modules=["first"])
 
@@ -82,6 +97,7 @@ def pego_squares(**keywords):
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
+SUMS = "one collective call a step, for the divisor; equality: merging/test_adamr_distributed.py"
 SUBJECTS = {
     "L2": Subject(l2),
     "L2 decoupled": Subject(l2_decoupled),
@@ -106,6 +122,8 @@ SUBJECTS = {
     ),
     "PEGO": Subject(pego, skip={"fsdp2": GATHERS}),
     "PEGO squares": Subject(pego_squares, skip={"fsdp2": GATHERS}),
+    "AdamR": Subject(adamr, skip={"fsdp2": SUMS}),
+    "AdamR L1": Subject(adamr_l1, skip={"fsdp2": SUMS}),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
 }
 ROWS = [

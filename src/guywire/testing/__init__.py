@@ -10,6 +10,7 @@ from guywire.testing.conformance import (
     check_regularizer,
     checks,
     dressed,
+    driven,
     prepare,
 )
 from guywire.testing.processes import run_processes
@@ -20,6 +21,7 @@ __all__ = [
     "check_regularizer",
     "checks",
     "dressed",
+    "driven",
     "prepare",
     "run_processes",
 ]

@@ -155,7 +155,7 @@ def gradient(factory: Factory, off: Off) -> None:
     model = bench.build(bench.Plain)
     regularizer = factory()
     bench.two_tasks(regularizer, model)
-    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    frozen = bench.still(model)
     with attach(model, frozen, regularizer) as wires:
         # The frozen weights of a model with adapters are constants.
         params = [p for p in model.parameters() if p.requires_grad]

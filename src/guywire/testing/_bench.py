@@ -17,16 +17,23 @@ CLASSES = 4
 Batch = tuple[Tensor, Tensor]
 
 _dress: ContextVar[Callable[[nn.Module], nn.Module] | None] = ContextVar("dress", default=None)
+_drive: ContextVar[Callable[[Any], torch.optim.Optimizer] | None] = ContextVar(
+    "drive", default=None
+)
 
 
 @contextlib.contextmanager
 def dressed_as(factory: Callable[..., Any]) -> Iterator[None]:
-    """Within, models are built as the factory of a regularizer wants them (LoRA, masks)."""
-    token = _dress.set(getattr(factory, "dress", None))
+    """Within, models and optimisers are those that the factory of a regularizer wants."""
+    tokens = (
+        _dress.set(getattr(factory, "dress", None)),
+        _drive.set(getattr(factory, "drive", None)),
+    )
     try:
         yield
     finally:
-        _dress.reset(token)
+        _dress.reset(tokens[0])
+        _drive.reset(tokens[1])
 
 
 class Plain(nn.Module):
@@ -102,8 +109,22 @@ def loss_of(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser of the checks that want exact or stable numbers."""
+    """Return the optimiser of the checks: SGD with momentum, unless a factory names another."""
+    drive = _drive.get()
+    if drive is not None:
+        return drive(model.parameters())
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def still(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the same optimiser with learning rate 0 and, for SGD, without momentum."""
+    drive = _drive.get()
+    if drive is None:
+        return torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = drive(model.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
 
 
 def train(

@@ -61,7 +61,7 @@ def check(factory: Factory, name: str, applicable: list[str]) -> None:
             assert result[name]["collectives"] == 0, "it communicates in the step"
     with bench.dressed_as(factory):
         alone = bench.build(bench.Plain)
-    bench.two_tasks(factory(), alone)
+        bench.two_tasks(factory(), alone)
     bench.assert_same(one, bench.state_of(alone), 1e-8)
 
 

@@ -22,6 +22,8 @@ tiny models so::
     @dressed(with_lora)
     def mine(**keywords):
         return MyRegularizer(**keywords)
+
+and one that needs a certain optimiser names it with ``@driven(torch.optim.Adam)``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from guywire.core.errors import UsageError
@@ -40,7 +43,16 @@ from guywire.testing import _remote
 from guywire.testing._alone import ALONE
 from guywire.testing.processes import locate
 
-__all__ = ["CHECKS", "Factory", "Subject", "check_regularizer", "checks", "dressed", "prepare"]
+__all__ = [
+    "CHECKS",
+    "Factory",
+    "Subject",
+    "check_regularizer",
+    "checks",
+    "dressed",
+    "driven",
+    "prepare",
+]
 
 Factory = Callable[..., Regularizer]
 
@@ -109,6 +121,23 @@ def dressed(dress: Callable[[nn.Module], nn.Module]) -> Callable[[Factory], Fact
 
     def mark(factory: Factory) -> Factory:
         factory.dress = dress  # type: ignore[attr-defined]
+        return factory
+
+    return mark
+
+
+def driven(drive: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Factory], Factory]:
+    """Mark a factory whose regularizer needs a certain optimiser; others are tried with SGD.
+
+    Args:
+        drive: makes it from a model's parameters.
+
+    Returns:
+        A decorator that leaves the factory as it is, but for the attribute ``drive``.
+    """
+
+    def mark(factory: Factory) -> Factory:
+        factory.drive = drive  # type: ignore[attr-defined]
         return factory
 
     return mark

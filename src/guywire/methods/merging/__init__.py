@@ -1,5 +1,5 @@
 """Edits of fine-tuned weights after training: prune and rescale their difference to the base."""
 
-from __future__ import annotations
+from guywire.methods.merging.adamr import AdamR, global_rms
 
-__all__: list[str] = []
+__all__ = ["AdamR", "global_rms"]
