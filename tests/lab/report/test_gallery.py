@@ -53,7 +53,7 @@ def test_a_page_has_the_claim_its_rule_and_the_numbers(folder: Path, tables_of: 
     assert difference[:3] == ["plain − held", "test", "1|1 to 1"]
     assert [row[0] for row in tables["test"][1:]] == ["plain", "held"]
     assert html.count("<figure>") == 3  # what was never measured is not drawn
-    assert "guywire study falling-coin --seeds 3" in html
+    assert f"guywire study {COIN} --seeds 3" in html  # a file of ours is called by its path
 
 
 def test_replaced_settings_are_told_and_escaped(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -213,7 +214,8 @@ def again(result: Result) -> tuple[Code | Table, ...]:
         f" --set '{key}={json.dumps(value)}'" for key, value in result["overrides"].items()
     )
     flags = " --smoke" if result["size"] == "smoke" else ""
-    command = f"guywire study {result['slug']}{flags} --seeds {len(result['seeds'])}{replaced}"
+    called = shlex.quote(result.get("called", result["slug"]))  # a study's own file, or its slug
+    command = f"guywire study {called}{flags} --seeds {len(result['seeds'])}{replaced}"
     versions = "\n".join(f"{name} {version}" for name, version in result["versions"].items())
     settings = json.dumps(result["settings"], indent=2, ensure_ascii=False)
     checks = Table(

@@ -81,7 +81,7 @@ def run_study(
         records, computed = list(pool.records.values()), pool.computed
     result = _result(study, bench, records, settings)
     size = "smoke" if smoke else "custom" if overrides else "full"
-    result |= {"size": size, "overrides": overrides, "computed_units": computed}
+    result |= {"size": size, "overrides": overrides, "computed_units": computed, "called": name}
     folder = out / study.slug / size
     folder.mkdir(parents=True, exist_ok=True)
     write_parquet(folder / "rows.parquet", _columns(bench.rows))
