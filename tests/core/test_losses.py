@@ -67,3 +67,20 @@ def test_cross_entropy_of_tokens_is_the_mean_over_those_that_count():
     logits, labels = torch.randn(2, 3, 5), torch.tensor([[1, -100, 4], [-100, -100, 0]])
     expected = F.cross_entropy(logits[labels != -100], labels[labels != -100])
     torch.testing.assert_close(losses.cross_entropy(logits, labels), expected)
+
+
+def test_labels_of_a_causal_language_model_are_shifted_as_in_its_own_loss():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(7) > 4, -100)
+    outputs = model(input_ids=ids, labels=labels)
+    wanted = losses.cross_entropy_of(model, outputs.logits, labels)
+    torch.testing.assert_close(outputs.loss, wanted)
+    assert losses.cross_entropy_of(torch.nn.Linear(1, 1), outputs.logits, labels) != wanted

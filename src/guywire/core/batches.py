@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from guywire.core.errors import DataError
 
-__all__ = ["Batch", "device_of", "forward", "labels_of", "logits_of", "size_of", "to"]
+__all__ = [
+    "Batch",
+    "device_of",
+    "forward",
+    "is_causal",
+    "labels_of",
+    "logits_of",
+    "size_of",
+    "to",
+]
 
 Batch = Any
 
@@ -149,6 +158,22 @@ def device_of(model: nn.Module) -> torch.device:
     """
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Say whether a model's logits at a position predict the next one: a Hugging Face causal LM.
+
+    Args:
+        model: the unwrapped model; of PEFT's wrapper the model inside counts.
+
+    Returns:
+        True for classes named ``*ForCausalLM`` or ``*LMHeadModel`` that are no encoder-decoder.
+    """
+    inside = getattr(model, "get_base_model", None)
+    model = inside() if callable(inside) else model  # pyright: ignore[reportAssignmentType]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return any(c.__name__.endswith(("ForCausalLM", "LMHeadModel")) for c in type(model).__mro__)
 
 
 def _describe(value: Any) -> str:

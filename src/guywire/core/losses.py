@@ -11,11 +11,18 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from guywire.core.batches import is_causal
 from guywire.core.errors import DataError
 
-__all__ = ["cross_entropy", "masked_cross_entropy", "only", "sigmoid_cross_entropy"]
+__all__ = [
+    "cross_entropy",
+    "cross_entropy_of",
+    "masked_cross_entropy",
+    "only",
+    "sigmoid_cross_entropy",
+]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,6 +40,27 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         tensor(1.3863)
     """
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+
+def cross_entropy_of(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy as a model means its labels.
+
+    Args:
+        model: the unwrapped model. Labels of a Hugging Face causal language model are its inputs,
+            and its logits at a position predict the next one: they are shifted here.
+        logits: ``[batch, ..., classes]``.
+        labels: ``[batch, ...]``; -100 does not count.
+
+    Returns:
+        The mean over samples or tokens that count (0-d).
+
+    Example:
+        >>> cross_entropy_of(nn.Linear(1, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
+        tensor(1.3863)
+    """
+    if labels.dim() == 2 and logits.dim() == 3 and is_causal(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits, labels)
 
 
 def only(logits: Tensor, classes: Tensor | Sequence[int]) -> Tensor:

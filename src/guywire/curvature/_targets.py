@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guywire.core import batches
+from guywire.core.batches import is_causal
 from guywire.core.errors import DataError, UsageError
 
 __all__ = ["IGNORED", "MAX_CLASSES", "MAX_PASSES", "Targets", "is_causal", "labels_or_none"]
@@ -30,20 +31,6 @@ __all__ = ["IGNORED", "MAX_CLASSES", "MAX_PASSES", "Targets", "is_causal", "labe
 IGNORED = -100
 MAX_CLASSES = 1000
 MAX_PASSES = 10_000
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Say whether a model's logits at a position predict the next one: a Hugging Face causal LM.
-
-    Args:
-        model: the unwrapped model.
-
-    Returns:
-        True for classes named ``*ForCausalLM`` or ``*LMHeadModel`` that are no encoder-decoder.
-    """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return False
-    return any(c.__name__.endswith(("ForCausalLM", "LMHeadModel")) for c in type(model).__mro__)
 
 
 def labels_or_none(batch: Any, kind: str) -> Tensor | None:

@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guywire.core import batches, losses, selection
+from guywire.core import _rows, batches, losses, selection
 from guywire.core.aside import undisturbed
 from guywire.core.errors import AttachError, NonFiniteError, UsageError
 from guywire.core.regularizer import Regularizer, Step
 from guywire.core.tensors import Tensors
-from guywire.methods.rehearsal import _rows
 from guywire.methods.rehearsal.replay import Criterion
 
 __all__ = ["GEM", "gem_project", "gem_weights"]
@@ -277,11 +276,14 @@ class GEM(Regularizer):
 
     def _gradient(self, memory: Any, params: Mapping[str, nn.Parameter]) -> Tensors:
         assert self._model is not None
-        criterion = losses.cross_entropy if self.criterion is None else self.criterion
         memory = batches.to(memory, batches.device_of(self._model))
         with undisturbed(self._model), torch.enable_grad():
             logits = batches.logits_of(batches.forward(self._model, memory))
-            loss = criterion(logits, batches.labels_of(memory))
+            labels = batches.labels_of(memory)
+            if self.criterion is None:
+                loss = losses.cross_entropy_of(self._model, logits, labels)
+            else:
+                loss = self.criterion(logits, labels)
             grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         found = {n: g for n, g in zip(params, grads, strict=True) if g is not None}
         return self._averaged(found)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from guywire.core import batches, losses
 from guywire.core.aside import aside
+from guywire.core.buffers import BalancedBuffer, Buffer, ReservoirBuffer
 from guywire.core.errors import UsageError
 from guywire.core.regularizer import Regularizer, Strength, strength_at
-from guywire.methods.rehearsal.buffers import BalancedBuffer, Buffer, ReservoirBuffer
 
 __all__ = ["Criterion", "Replay"]
 
@@ -47,7 +47,8 @@ class Replay(Regularizer):
         buffer: ``"reservoir"``, a uniform sample of the stream that fills at every step; or
             ``"balanced"``, as much of every class, filled at ``consolidate(data)`` and drawn
             uniformly over classes.
-        criterion: ``(logits, labels) -> mean loss``; cross entropy if ``None``.
+        criterion: ``(logits, labels) -> mean loss``; cross entropy if ``None``,
+            shifted by one for causal language models of Hugging Face, as in their own loss.
         seed: of the choice.
 
     Raises:
@@ -135,8 +136,10 @@ class Replay(Regularizer):
         drawn = batches.to(drawn, batches.device_of(self._model))
         with aside():
             logits = batches.logits_of(batches.forward(self._model, drawn))
-        criterion = losses.cross_entropy if self.criterion is None else self.criterion
-        return strength * criterion(logits, batches.labels_of(drawn))
+        labels = batches.labels_of(drawn)
+        if self.criterion is None:
+            return strength * losses.cross_entropy_of(self._model, logits, labels)
+        return strength * self.criterion(logits, labels)
 
     def consolidate(self, model: nn.Module, data: Iterable[Any] | None) -> None:
         """Fill a balanced memory from the task that ends; a reservoir has seen it already.

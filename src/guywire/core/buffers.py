@@ -16,8 +16,8 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from guywire.core import _rows
 from guywire.core.errors import UsageError
-from guywire.methods.rehearsal import _rows
 
 __all__ = ["BalancedBuffer", "Buffer", "ReservoirBuffer"]
 
