@@ -23,6 +23,7 @@ from guywire.methods.distillation import (
 from guywire.methods.merging import AdamR
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
 from guywire.methods.rehearsal import GEM, Replay, gem_project
+from guywire.methods.sparsity import HalfFineTuning, half, half_fractions, half_reset
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "AdamR",
     "FeatureDistillation",
     "GuywireError",
+    "HalfFineTuning",
     "PredictionDistillation",
     "Regularizer",
     "Replay",
@@ -46,6 +48,9 @@ __all__ = [
     "ewc_penalty",
     "feature_distillation_loss",
     "gem_project",
+    "half",
+    "half_fractions",
+    "half_reset",
     "l1_penalty",
     "l2_penalty",
     "lora_group",

@@ -94,6 +94,13 @@ def pego_squares(**keywords):
     return gw.PEGO(**{"strength": 3e-2, "norm": "fro2", "side": "output"} | keywords)
 
 
+HALVES = {"head.*": "always", "norm.*": "norm", "*": "feed-forward"}
+
+
+def half_fine_tuning(**keywords):
+    return gw.HalfFineTuning(**{"categories": HALVES} | keywords)
+
+
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
@@ -125,6 +132,11 @@ SUBJECTS = {
     "AdamR": Subject(adamr, skip={"fsdp2": SUMS}),
     "AdamR L1": Subject(adamr_l1, skip={"fsdp2": SUMS}),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
+    "HalfFineTuning": Subject(
+        half_fine_tuning,
+        off={"ratio": 1.0},
+        skip={"estimation": "consolidate begins a new round: requires_grad changes on purpose"},
+    ),
 }
 ROWS = [
     pytest.param(

@@ -112,6 +112,20 @@ class GuywireCallback(TrainerCallback):
                 )
             self.wires.load_state_dict(checkpoint.load(path))
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell methods that go by epochs which one begins.
+
+        Args:
+            args: the Trainer's.
+            state: the Trainer's.
+            control: the Trainer's.
+            **kwargs: not used.
+        """
+        if self.wires is not None:
+            for regularizer in self.wires.regularizers:
+                if (start := getattr(regularizer, "start_epoch", None)) is not None:
+                    start(int((state.epoch or 0.0) + 1e-6))
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the state beside the Trainer's checkpoint.
 

@@ -2,4 +2,12 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from guywire.methods.sparsity.half_fine_tuning import HalfFineTuning
+from guywire.methods.sparsity.halves import half, half_fractions, half_reset
+
+__all__ = [
+    "HalfFineTuning",
+    "half",
+    "half_fractions",
+    "half_reset",
+]
