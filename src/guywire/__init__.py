@@ -20,7 +20,7 @@ from guywire.methods.distillation import (
     feature_distillation_loss,
     prediction_distillation_loss,
 )
-from guywire.methods.merging import AdamR
+from guywire.methods.merging import AdamR, drop_and_rescale
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
 from guywire.methods.rehearsal import GEM, Replay, gem_project
 from guywire.methods.sparsity import HalfFineTuning, half, half_fractions, half_reset
@@ -45,6 +45,7 @@ __all__ = [
     "curvature",
     "diagnostics",
     "diversify_loss",
+    "drop_and_rescale",
     "ewc_penalty",
     "feature_distillation_loss",
     "gem_project",

@@ -1,5 +1,57 @@
 """Edits of fine-tuned weights after training: prune and rescale their difference to the base."""
 
 from guywire.methods.merging.adamr import AdamR, global_rms
+from guywire.methods.merging.dare import drop_and_rescale, keep, prunable, rescale_kept, rescaled
+from guywire.methods.merging.importance import magnitude_mask, structural_survivors, wanda_mask
+from guywire.methods.merging.inputs import LayerInputs, layer_inputs
+from guywire.methods.merging.learned import learn_q
+from guywire.methods.merging.rescale import (
+    analytic_q,
+    contributions,
+    error_moments,
+    layer_qs,
+    output_energy,
+    phi,
+    q_star,
+    tail_bound,
+)
+from guywire.methods.merging.search import (
+    Search,
+    grid_search,
+    output_change,
+    search_eta,
+    search_q,
+    steady_mean,
+    top_logits_change,
+)
 
-__all__ = ["AdamR", "global_rms"]
+__all__ = [
+    "AdamR",
+    "LayerInputs",
+    "Search",
+    "analytic_q",
+    "contributions",
+    "drop_and_rescale",
+    "error_moments",
+    "global_rms",
+    "grid_search",
+    "keep",
+    "layer_inputs",
+    "layer_qs",
+    "learn_q",
+    "magnitude_mask",
+    "output_change",
+    "output_energy",
+    "phi",
+    "prunable",
+    "q_star",
+    "rescale_kept",
+    "rescaled",
+    "search_eta",
+    "search_q",
+    "steady_mean",
+    "structural_survivors",
+    "tail_bound",
+    "top_logits_change",
+    "wanda_mask",
+]

@@ -1,0 +1,368 @@
+"""Search DAREx-q's q, or its eta, on data: labelled (1/q_v) or not (1/q_e).
+
+Labelled, the score is an error on validation data. Unlabelled, it is how far pruning moves the
+model's output: ``output_change`` for encoders, ``top_logits_change`` for language models. Either way
+a score is the mean over several masks, of which the one farthest from the mean is left out, for one
+mask at a rate of 0.99 is a lottery.
+
+Source: "DARE the Extreme", arXiv 2410.09344, section 4.2, and the scan of its released code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guywire.core import batches
+from guywire.core.aside import undisturbed
+from guywire.core.errors import UsageError
+from guywire.core.selection import canonical, unwrap
+from guywire.methods.merging import dare
+from guywire.methods.merging.inputs import LayerInputs
+from guywire.methods.merging.rescale import layer_qs
+
+__all__ = [
+    "Search",
+    "grid_search",
+    "output_change",
+    "search_eta",
+    "search_q",
+    "steady_mean",
+    "top_logits_change",
+]
+
+Score = Callable[[nn.Module], float]
+_PATIENCE = 4
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Attributes:
+        best: the value with the lowest score.
+        scores: every value tried, in order, and its score.
+    """
+
+    best: float
+    scores: dict[float, float]
+
+
+def grid_search(
+    score: Callable[[float], float],
+    low: float,
+    high: float,
+    step: float,
+    *,
+    patience: int = _PATIENCE,
+) -> Search:
+    """Scan coarsely from below, then finely around the best, each until it stops to improve.
+
+    The coarse scan goes from ``low`` to ``high`` by ``step`` and stops after ``patience`` values in
+    a row that are no better; the fine one goes by a tenth of the step from ``best - 0.9 * step`` to
+    ``best + step``, with the same rule.
+
+    Args:
+        score: value to score; lower is better.
+        low: first value.
+        high: last value.
+        step: of the coarse scan.
+        patience: values that are no better before a scan stops.
+
+    Returns:
+        Best value and all scores.
+
+    Raises:
+        UsageError: the range is empty, or no score is a number.
+
+    Example:
+        >>> found = grid_search(lambda v: (v - 0.34) ** 2, 0.1, 1.0, 0.1)
+        >>> round(found.best, 6)
+        0.34
+    """
+    if not low <= high or step <= 0.0:
+        raise UsageError(f"there is nothing to search from {low} to {high} by steps of {step}")
+    scores: dict[float, float] = {}
+    coarse = _scan(score, low, high, step, patience, scores)
+    _scan(
+        score,
+        max(low, coarse - 0.9 * step),
+        min(high, coarse + step),
+        step / 10.0,
+        patience,
+        scores,
+    )
+    best = min(scores, key=scores.__getitem__)
+    if not math.isfinite(scores[best]):
+        raise UsageError(f"every value from {low} to {high} has the score {scores[best]}")
+    return Search(best, scores)
+
+
+def steady_mean(values: Sequence[float]) -> float:
+    """Return the mean without the value that is farthest from it (of three or more).
+
+    Args:
+        values: one score a mask.
+
+    Returns:
+        The mean of the others.
+
+    Example:
+        >>> steady_mean([1.0, 2.0, 3.0, 100.0])
+        2.0
+    """
+    mean = sum(values) / len(values)
+    if len(values) < 3 or not math.isfinite(mean):
+        return mean
+    far = max(range(len(values)), key=lambda i: abs(values[i] - mean))
+    rest = [value for i, value in enumerate(values) if i != far]
+    return sum(rest) / len(rest)
+
+
+def search_q(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    rate: float,
+    score: Score,
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    high: float = 1.0,
+    step: float | None = None,
+    select: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+) -> Search:
+    """Search one q for all tensors.
+
+    Args:
+        model: what the tensors belong to; it gets the edited weights meanwhile, and keeps its own.
+        base: names to pretrained parameters.
+        tuned: names to fine-tuned parameters.
+        rate: share that is dropped, in [0, 1).
+        score: of a model, lower is better: an error on validation data, or what
+            :func:`output_change` returns. Never on test data.
+        seeds: of the masks to average over.
+        high: largest q.
+        step: of the coarse scan from ``1 - rate``; a twentieth of the range if ``None``.
+        select: as for :func:`~guywire.methods.merging.drop_and_rescale`.
+        exclude: as for :func:`~guywire.methods.merging.drop_and_rescale`.
+
+    Returns:
+        The best q and all scores.
+
+    Raises:
+        UsageError: names or shapes do not fit the model, or the range is empty.
+        SelectionError: nothing is left to prune.
+    """
+    masks = [dare.keep(base, tuned, rate, seed=s, select=select, exclude=exclude) for s in seeds]
+    low = 1.0 - rate
+    step = (high - low) / 20.0 if step is None else step
+
+    def value(q: float) -> float:
+        return _scored(model, base, tuned, masks, q, score)
+
+    return grid_search(value, low, high, step)
+
+
+def search_eta(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    rate: float,
+    score: Score,
+    inputs: Mapping[str, LayerInputs],
+    *,
+    seeds: Sequence[int] = (0, 1, 2, 3),
+    low: float = 0.1,
+    high: float = 2.0,
+    step: float = 0.1,
+    select: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+) -> Search:
+    """Search the scalar eta that gives every layer its q.
+
+    Args:
+        model: as for :func:`search_q`.
+        base: names to pretrained parameters.
+        tuned: names to fine-tuned parameters.
+        rate: share that is dropped, in [0, 1).
+        score: of a model, lower is better.
+        inputs: of the linear layers, from :func:`~guywire.methods.merging.layer_inputs`.
+        seeds: of the masks to average over.
+        low: smallest eta.
+        high: largest eta.
+        step: of the coarse scan.
+        select: as for :func:`~guywire.methods.merging.drop_and_rescale`.
+        exclude: as for :func:`~guywire.methods.merging.drop_and_rescale`.
+
+    Returns:
+        The best eta and all scores; ``layer_qs(..., eta=found.best)`` gives the q of each tensor.
+
+    Raises:
+        UsageError: names or shapes do not fit the model, or the range is empty.
+        SelectionError: nothing is left to prune.
+    """
+    masks = [dare.keep(base, tuned, rate, seed=s, select=select, exclude=exclude) for s in seeds]
+
+    def value(eta: float) -> float:
+        qs = layer_qs(base, tuned, rate, inputs, eta=eta)
+        return _scored(model, base, tuned, masks, qs, score)
+
+    return grid_search(value, low, high, step)
+
+
+def output_change(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    read: Callable[[Any], Tensor] | None = None,
+) -> Score:
+    """Return a score: the mean absolute change of a model's output. Needs no labels.
+
+    Args:
+        model: fine-tuned, as it is now.
+        data: batches; 50 sequences are what the paper uses.
+        read: takes the output to compare; the last hidden state where there is one, else the logits.
+
+    Returns:
+        A function from an edited model to the change.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> score = output_change(layer, [(torch.ones(4, 2), None)])
+        >>> score(layer)
+        0.0
+    """
+    read = _hidden if read is None else read
+    kept, wanted = _outputs_of(model, data, read)
+
+    def score(edited: nn.Module) -> float:
+        total, count = 0.0, 0
+        for batch, reference in zip(kept, wanted, strict=True):
+            change = read(batches.forward(edited, batch)).detach() - reference
+            total += float(change.abs().sum(dtype=torch.float64))
+            count += change.numel()
+        return total / count
+
+    return score
+
+
+def top_logits_change(model: nn.Module, data: Iterable[Any], *, top: int = 5) -> Score:
+    """Return a score: the mean squared change of a language model's largest logits.
+
+    Args:
+        model: fine-tuned, as it is now.
+        data: batches.
+        top: how many of the fine-tuned model's largest logits at each position count.
+
+    Returns:
+        A function from an edited model to the change.
+    """
+    kept, logits = _outputs_of(model, data, batches.logits_of)
+    wanted = [z.topk(top, dim=-1) for z in logits]
+
+    def score(edited: nn.Module) -> float:
+        total, count = 0.0, 0
+        for batch, reference in zip(kept, wanted, strict=True):
+            z = batches.logits_of(batches.forward(edited, batch)).detach()
+            change = z.gather(-1, reference.indices) - reference.values
+            total += float(change.square().sum(dtype=torch.float64))
+            count += change.numel()
+        return total / count
+
+    return score
+
+
+def _scored(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    masks: Sequence[Mapping[str, Tensor]],
+    q: dare.Factors,
+    score: Score,
+) -> float:
+    values = []
+    params = parameters_for(model, tuned)
+    own = {name: params[name].detach().clone() for name in params}
+    with undisturbed(model, mode=False), torch.no_grad():
+        try:
+            for kept in masks:
+                for name, value in dare.rescale_kept(base, tuned, kept, q).items():
+                    params[name].copy_(value)
+                values.append(score(model))
+        finally:
+            for name, value in own.items():
+                params[name].copy_(value)
+    # What diverged is infinitely bad, so that it can be compared.
+    return steady_mean([v if math.isfinite(v) else math.inf for v in values])
+
+
+def parameters_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's own tensors under the names of others.
+
+    Args:
+        model: any module.
+        tensors: names to tensors.
+
+    Returns:
+        Names to parameters or buffers of the same shapes.
+
+    Raises:
+        UsageError: the model lacks a name, or has another shape there.
+    """
+    inner = unwrap(model)
+    named = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers()]
+    mine: dict[str, Tensor] = {canonical(name): value for name, value in named}
+    for name, value in tensors.items():
+        if name not in mine or mine[name].shape != value.shape:
+            shape = tuple(mine[name].shape) if name in mine else "none"
+            raise UsageError(
+                f"{name!r} has the shape {tuple(value.shape)}, in the model {shape}: give tensors "
+                "under the names of the model's state_dict()"
+            )
+    return {name: mine[name] for name in tensors}
+
+
+def _outputs_of(
+    model: nn.Module, data: Iterable[Any], read: Callable[[Any], Tensor]
+) -> tuple[list[Any], list[Tensor]]:
+    device = batches.device_of(model)
+    kept = [batches.to(batch, device) for batch in data]
+    if not kept:
+        raise UsageError("there is no data to compare outputs on: give at least one batch")
+    with undisturbed(model, mode=False), torch.no_grad():
+        return kept, [read(batches.forward(model, batch)).detach() for batch in kept]
+
+
+def _hidden(outputs: Any) -> Tensor:
+    found = getattr(outputs, "last_hidden_state", None)
+    return found if isinstance(found, Tensor) else batches.logits_of(outputs)
+
+
+def _scan(
+    score: Callable[[float], float],
+    low: float,
+    high: float,
+    step: float,
+    patience: int,
+    scores: dict[float, float],
+) -> float:
+    """Scan upwards until it stops to improve; note scores, return the best value of this scan."""
+    best, lowest, since = low, math.inf, 0
+    for i in range(int((high - low) / step + 1e-9) + 1):
+        # Rounded, so that values of both scans that are the same are computed once.
+        value = round(low + i * step, 12)
+        if value not in scores:
+            scores[value] = score(value)
+        if scores[value] < lowest:
+            best, lowest, since = value, scores[value], 0
+        else:
+            since += 1
+            if since >= patience:
+                break
+    return best
