@@ -223,7 +223,13 @@ def test_check_8_rounds_differ_and_the_same_round_is_the_same():
     assert first == KNOWN
 
 
-KNOWN = ["self_attn.q_proj.weight", "self_attn.v_proj.weight", "mlp.gate_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"]
+KNOWN = [
+    "self_attn.q_proj.weight",
+    "self_attn.v_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.down_proj.weight",
+    "input_layernorm.weight",
+]
 
 
 @pytest.mark.parametrize("words", [{"ratio": 1.5}, {"level": "block"}, {"seed": -1}])
