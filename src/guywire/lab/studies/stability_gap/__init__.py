@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "test_per_class": 500,
     "tasks": 5,
     "updates": 100,
-    "evaluated": 300,
+    "evaluated": 200,
     # Steps after a switch that are searched for the lowest value.
     "near": 30,
     # Gradients are split at the first six steps after a switch, then at every so many.
