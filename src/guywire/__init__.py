@@ -23,7 +23,22 @@ from guywire.methods.distillation import (
 from guywire.methods.merging import AdamR, drop_and_rescale
 from guywire.methods.penalties import EWC, L1, L2, ewc_penalty, l1_penalty, l2_penalty
 from guywire.methods.rehearsal import GEM, Replay, gem_project
-from guywire.methods.sparsity import HalfFineTuning, half, half_fractions, half_reset
+from guywire.methods.sparsity import (
+    HalfFineTuning,
+    SaRA,
+    SaRAAdaptation,
+    half,
+    half_fractions,
+    half_reset,
+    nuclear_norm,
+    sara_adapt,
+    sara_adaptation,
+    sara_fold,
+    sara_learning_rate,
+    smallest_masks,
+    threshold_of_share,
+    vlhi,
+)
 
 __version__ = "0.1.0"
 
@@ -40,6 +55,8 @@ __all__ = [
     "PredictionDistillation",
     "Regularizer",
     "Replay",
+    "SaRA",
+    "SaRAAdaptation",
     "Wires",
     "attach",
     "curvature",
@@ -57,9 +74,17 @@ __all__ = [
     "lora_group",
     "masked_cross_entropy",
     "merge_lora_group",
+    "nuclear_norm",
     "prediction_distillation_loss",
     "preserve_loss",
+    "sara_adapt",
+    "sara_adaptation",
+    "sara_fold",
+    "sara_learning_rate",
     "schedules",
     "select",
     "sigmoid_cross_entropy",
+    "smallest_masks",
+    "threshold_of_share",
+    "vlhi",
 ]

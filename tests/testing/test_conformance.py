@@ -94,6 +94,21 @@ def pego_squares(**keywords):
     return gw.PEGO(**{"strength": 3e-2, "norm": "fro2", "side": "output"} | keywords)
 
 
+def with_sara(model):
+    gw.SaRA(share=0.5).prepare(model)
+    return model
+
+
+@dressed(with_sara)
+def sara(**keywords):
+    return gw.SaRA(**{"strength": 0.05, "rank_of": "all", "rank_above": 3} | keywords)
+
+
+@dressed(with_sara)
+def sara_one(**keywords):
+    return gw.SaRA(**{"strength": 0.05, "rank_above": 3, "reselect_at": 4} | keywords)
+
+
 HALVES = {"head.*": "always", "norm.*": "norm", "*": "feed-forward"}
 
 
@@ -105,6 +120,9 @@ COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
 SUMS = "one collective call a step, for the divisor; equality: merging/test_adamr_distributed.py"
+WRITTEN = "weights are frozen for autograd and written from vectors, which corners() cannot know"
+FULL = "keeps its vectors in float32 beside bfloat16 weights, on purpose: test_sara_vectors.py"
+WHOLE = "refused: SaRA works on whole parameters"
 SUBJECTS = {
     "L2": Subject(l2),
     "L2 decoupled": Subject(l2_decoupled),
@@ -131,6 +149,18 @@ SUBJECTS = {
     "PEGO squares": Subject(pego_squares, skip={"fsdp2": GATHERS}),
     "AdamR": Subject(adamr, skip={"fsdp2": SUMS}),
     "AdamR L1": Subject(adamr_l1, skip={"fsdp2": SUMS}),
+    "SaRA": Subject(sara, skip={"corners": WRITTEN, "bfloat16": FULL, "fsdp2": WHOLE}),
+    "SaRA one matrix a step, two stages": Subject(
+        sara_one,
+        off={"strength": 0.0, "reselect_at": None},
+        skip={
+            "corners": WRITTEN,
+            "bfloat16": FULL,
+            "fsdp2": WHOLE,
+            "ddp": "refused: choosing again shortens vectors for which DDP has buffers",
+            "gradient": "the matrix is drawn anew each step: true on average only",
+        },
+    ),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
     "HalfFineTuning": Subject(
         half_fine_tuning,

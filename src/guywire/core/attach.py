@@ -218,6 +218,8 @@ class Wires:
             raise CheckpointError(f"the state is of {kinds}, but attached are {mine}")
         for regularizer, entry in zip(self.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(entry["state"])
+        # A method's own parameters may take the shapes that they had when the state was saved.
+        self._known = _stepping.fingerprint(self._inner)
         self.steps = int(state["steps"])
 
     def __enter__(self) -> Wires:
@@ -288,6 +290,8 @@ class Wires:
             with torch.no_grad():
                 for regularizer in self.regularizers:
                     regularizer.after_step(step)
+            if step.reshaped:
+                self._known = _stepping.fingerprint(self._inner)
             self.steps += 1
 
     def _new_step(self, evaluation: int = 0) -> Step:

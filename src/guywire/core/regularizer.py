@@ -28,6 +28,8 @@ class Step:
         scale: the AMP scale that still lies on the gradients (fused optimisers unscale inside
             their step); 1.0 otherwise.
         skipped: True if the optimiser will not step because AMP found infinities.
+        reshaped: set to True by a regularizer that replaced or reshaped, in ``after_step``,
+            parameters of its own making.
     """
 
     optimizer: torch.optim.Optimizer
@@ -35,6 +37,7 @@ class Step:
     evaluation: int = 0
     scale: float = 1.0
     skipped: bool = False
+    reshaped: bool = False
     _groups: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
