@@ -16,6 +16,7 @@ from guywire.methods.merging import (
     analytic_q,
     contributions,
     error_moments,
+    eta_of_one,
     layer_qs,
     output_energy,
     phi,
@@ -207,6 +208,14 @@ def test_layers_biases_and_the_rest_get_their_q():
     assert qs["two.weight"] == q_star(tuned["two.weight"].T, x["two"], 0.9)
     assert qs["one.bias"] == qs["one.weight"]
     assert qs["norm.weight"] == pytest.approx((qs["one.weight"] + qs["two.weight"]) / 2)
+    # Where half of the rows would have to have q >= 1; the mean of clipped ones is less.
+    one = eta_of_one(base, tuned, 0.9, inputs)
+    own = [
+        contributions(tuned["one.weight"], x["one"].mean(0), tuned["one.bias"]),
+        contributions(tuned["two.weight"].T, x["two"].mean(0)),
+    ]
+    free = torch.cat([phi(0.9) * c.square().sum(1) / (0.2 * c.sum(1).abs()) for c in own])
+    assert float((one * free >= 1).double().mean()) == pytest.approx(0.5, abs=0.2)
     analytic = layer_qs(base, tuned, 0.9, inputs, eta=0.3)
     c = contributions(tuned["two.weight"].T, x["two"].mean(0))
     assert analytic["two.weight"] == analytic_q(c, 0.9, 0.3)

@@ -156,7 +156,7 @@ def _fit(
 ) -> list[float]:
     optimizer = torch.optim.AdamW(scales, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    best, lowest, since = [float(a) for a in scales], math.inf, 0
+    best, lowest, since = [_START] * len(scales), math.inf, 0
     for number, pair in enumerate(islice(cycle(learning), steps + 1)):
         if number % _EVERY == 0:
             with torch.no_grad():

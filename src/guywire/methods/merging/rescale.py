@@ -279,28 +279,73 @@ def layer_qs(
         UsageError: no tensor belongs to a layer in ``inputs``.
     """
     found: dict[str, float] = {}
-    for layer, seen in inputs.items():
-        weight, bias = f"{layer}.weight", f"{layer}.bias"
-        if weight not in base or weight not in tuned or base[weight].shape != tuned[weight].shape:
-            continue
-        delta = _change(base, tuned, weight)
-        delta = delta.T if seen.transposed else delta
-        shift = _change(base, tuned, bias) if bias in base and bias in tuned else None
+    for weight, delta, shift, seen in _layers(base, tuned, inputs):
         if eta is None:
             q = q_star(delta, seen.rows, rate, shift)
         else:
             q = analytic_q(contributions(delta, seen.mean, shift), rate, eta)
         found[weight] = q
         if shift is not None:
-            found[bias] = q
+            found[_bias_of(weight)] = q
     weights = [q for name, q in found.items() if name.endswith(".weight")]
-    if not weights:
+    mean = sum(weights) / len(weights)
+    return {name: found.get(name, mean) for name in tuned}
+
+
+def eta_of_one(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    rate: float,
+    inputs: Mapping[str, LayerInputs],
+) -> float:
+    """Return the eta at which half of all rows have ``q >= 1``: no larger one is worth trying.
+
+    eta times the size of the changes is what counts, so a useful range differs between models.
+
+    Args:
+        base: names to pretrained tensors.
+        tuned: names to fine-tuned tensors.
+        rate: share that is dropped, in (0, 1).
+        inputs: as for :func:`layer_qs`.
+
+    Returns:
+        A positive number; 1 where nothing changes.
+
+    Raises:
+        UsageError: no tensor belongs to a layer in ``inputs``.
+    """
+    rows = []
+    for _, delta, shift, seen in _layers(base, tuned, inputs):
+        c = contributions(delta, seen.mean, shift)
+        rows.append(phi(rate) * c.square().sum(-1) / (2.0 * (1.0 - rate) * c.sum(-1).abs()))
+    every = torch.cat([q.double().cpu() for q in rows])
+    every = every[every.isfinite() & (every > 0.0)]
+    return 1.0 / float(every.median()) if len(every) else 1.0
+
+
+def _layers(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], inputs: Mapping[str, LayerInputs]
+) -> list[tuple[str, Tensor, Tensor | None, LayerInputs]]:
+    """Return weight name, change ``[out, in]``, change of the bias and inputs of each layer."""
+    found = []
+    for layer, seen in inputs.items():
+        weight = f"{layer}.weight"
+        if weight not in base or weight not in tuned or base[weight].shape != tuned[weight].shape:
+            continue
+        delta = _change(base, tuned, weight)
+        bias = _bias_of(weight)
+        shift = _change(base, tuned, bias) if bias in base and bias in tuned else None
+        found.append((weight, delta.T if seen.transposed else delta, shift, seen))
+    if not found:
         raise UsageError(
             f"none of the {len(inputs)} layers with inputs has a weight among the {len(tuned)} "
             "tensors: names must be those of the model that the inputs were taken from"
         )
-    mean = sum(weights) / len(weights)
-    return {name: found.get(name, mean) for name in tuned}
+    return found
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
 
 
 def _change(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], name: str) -> Tensor:

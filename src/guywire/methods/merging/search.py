@@ -24,7 +24,7 @@ from guywire.core.errors import UsageError
 from guywire.core.selection import canonical, unwrap
 from guywire.methods.merging import dare
 from guywire.methods.merging.inputs import LayerInputs
-from guywire.methods.merging.rescale import layer_qs
+from guywire.methods.merging.rescale import eta_of_one, layer_qs
 
 __all__ = [
     "Search",
@@ -178,9 +178,8 @@ def search_eta(
     inputs: Mapping[str, LayerInputs],
     *,
     seeds: Sequence[int] = (0, 1, 2, 3),
-    low: float = 0.1,
-    high: float = 2.0,
-    step: float = 0.1,
+    high: float | None = None,
+    step: float | None = None,
     select: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
 ) -> Search:
@@ -194,9 +193,8 @@ def search_eta(
         score: of a model, lower is better.
         inputs: of the linear layers, from :func:`~guywire.methods.merging.layer_inputs`.
         seeds: of the masks to average over.
-        low: smallest eta.
-        high: largest eta.
-        step: of the coarse scan.
+        high: largest eta; where half of all rows have ``q >= 1`` if ``None``.
+        step: of the coarse scan, and the smallest eta; a twentieth of ``high`` if ``None``.
         select: as for :func:`~guywire.methods.merging.drop_and_rescale`.
         exclude: as for :func:`~guywire.methods.merging.drop_and_rescale`.
 
@@ -213,7 +211,9 @@ def search_eta(
         qs = layer_qs(base, tuned, rate, inputs, eta=eta)
         return _scored(model, base, tuned, masks, qs, score)
 
-    return grid_search(value, low, high, step)
+    high = eta_of_one(base, tuned, rate, inputs) if high is None else high
+    step = high / 20.0 if step is None else step
+    return grid_search(value, step, high, step)
 
 
 def output_change(
@@ -298,8 +298,7 @@ def _scored(
         finally:
             for name, value in own.items():
                 params[name].copy_(value)
-    # What diverged is infinitely bad, so that it can be compared.
-    return steady_mean([v if math.isfinite(v) else math.inf for v in values])
+    return steady_mean(values)
 
 
 def parameters_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -358,7 +357,8 @@ def _scan(
         # Rounded, so that values of both scans that are the same are computed once.
         value = round(low + i * step, 12)
         if value not in scores:
-            scores[value] = score(value)
+            found = score(value)
+            scores[value] = found if math.isfinite(found) else math.inf
         if scores[value] < lowest:
             best, lowest, since = value, scores[value], 0
         else:
