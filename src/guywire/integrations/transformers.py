@@ -99,7 +99,7 @@ class GuywireCallback(TrainerCallback):
         self._accumulation = args.gradient_accumulation_steps
         self._shifted = _leaves_first_out(model)
         self.wires = attach(model, kwargs["optimizer"], self.regularizers)
-        if any(r.place == "loss" for r in self.wires.regularizers):
+        if any(type(r).loss is not Regularizer.loss for r in self.wires.regularizers):
             self._handle = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
         if state.global_step > 0:
             folder = self.resume_from or _folder(args, state)
