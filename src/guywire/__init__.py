@@ -9,7 +9,10 @@ from guywire.core.regularizer import Regularizer
 from guywire.core.selection import select
 from guywire.methods.adapters import (
     PEGO,
+    ILoRA,
     diversify_loss,
+    hidden_state_loss,
+    interpolate_adapters,
     lora_group,
     merge_lora_group,
     preserve_loss,
@@ -52,6 +55,7 @@ __all__ = [
     "FeatureDistillation",
     "GuywireError",
     "HalfFineTuning",
+    "ILoRA",
     "PredictionDistillation",
     "Regularizer",
     "Replay",
@@ -69,6 +73,8 @@ __all__ = [
     "half",
     "half_fractions",
     "half_reset",
+    "hidden_state_loss",
+    "interpolate_adapters",
     "l1_penalty",
     "l2_penalty",
     "lora_group",

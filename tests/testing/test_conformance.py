@@ -116,6 +116,17 @@ def half_fine_tuning(**keywords):
     return gw.HalfFineTuning(**{"categories": HALVES} | keywords)
 
 
+@dressed(with_lora_group)
+def i_lora(**keywords):
+    return gw.ILoRA(**{"strength": 2.0, "decay": 0.9, "capacity": 16} | keywords)
+
+
+@dressed(with_lora_group)
+def i_lora_one_sided(**keywords):
+    options = {"consistency": "one_sided", "update_every": 2, "buffer": "balanced", "capacity": 16}
+    return gw.ILoRA(**options | keywords)
+
+
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
@@ -123,6 +134,8 @@ SUMS = "one collective call a step, for the divisor; equality: merging/test_adam
 WRITTEN = "weights are frozen for autograd and written from vectors, which corners() cannot know"
 FULL = "keeps its vectors in float32 beside bfloat16 weights, on purpose: test_sara_vectors.py"
 WHOLE = "refused: SaRA works on whole parameters"
+NO_REPLAY = {"strength": 0.0, "replay": 0.0}
+SHARDED = "refused: two adapters cannot take turns in sharded layers (a clear error)"
 SUBJECTS = {
     "L2": Subject(l2),
     "L2 decoupled": Subject(l2_decoupled),
@@ -160,6 +173,16 @@ SUBJECTS = {
             "ddp": "refused: choosing again shortens vectors for which DDP has buffers",
             "gradient": "the matrix is drawn anew each step: true on average only",
         },
+    ),
+    "ILoRA": Subject(
+        i_lora,
+        off=NO_REPLAY,
+        skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": SHARDED},
+    ),
+    "ILoRA one-sided": Subject(
+        i_lora_one_sided,
+        off=NO_REPLAY,
+        skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": SHARDED},
     ),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
     "HalfFineTuning": Subject(
