@@ -94,6 +94,16 @@ def pego_squares(**keywords):
     return gw.PEGO(**{"strength": 3e-2, "norm": "fro2", "side": "output"} | keywords)
 
 
+@dressed(with_lora_group)
+def alignguard(**keywords):
+    return gw.AlignGuardLoRA(**{"strength": 2.0, "collision": 1.0} | keywords)
+
+
+@dressed(with_lora_group)
+def alignguard_projected(**keywords):
+    return gw.AlignGuardLoRA(**{"strength": 2.0, "mode": "projected", "reduce": "sum"} | keywords)
+
+
 def with_sara(model):
     gw.SaRA(share=0.5).prepare(model)
     return model
@@ -129,6 +139,7 @@ def i_lora_one_sided(**keywords):
 
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
+FACTORS = "gathers the factors in the step; equality: tests/distributed/test_alignguard.py"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
 SUMS = "one collective call a step, for the divisor; equality: merging/test_adamr_distributed.py"
 WRITTEN = "weights are frozen for autograd and written from vectors, which corners() cannot know"
@@ -160,6 +171,8 @@ SUBJECTS = {
     ),
     "PEGO": Subject(pego, skip={"fsdp2": GATHERS}),
     "PEGO squares": Subject(pego_squares, skip={"fsdp2": GATHERS}),
+    "AlignGuardLoRA": Subject(alignguard, skip={"fsdp2": FACTORS}),
+    "AlignGuardLoRA projected": Subject(alignguard_projected, skip={"fsdp2": FACTORS}),
     "AdamR": Subject(adamr, skip={"fsdp2": SUMS}),
     "AdamR L1": Subject(adamr_l1, skip={"fsdp2": SUMS}),
     "SaRA": Subject(sara, skip={"corners": WRITTEN, "bfloat16": FULL, "fsdp2": WHOLE}),

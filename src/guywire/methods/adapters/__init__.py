@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 from guywire.methods.adapters._hidden import hidden_state_loss
+from guywire.methods.adapters.alignguard import AlignGuardLoRA
+from guywire.methods.adapters.alignguard_terms import (
+    critical_subspace,
+    fisher_norm,
+    geodesic_overlap,
+    riemannian_overlap,
+    split_update,
+)
 from guywire.methods.adapters.averaging import interpolate_adapters
+from guywire.methods.adapters.branches import add_branch
 from guywire.methods.adapters.groups import lora_group, merge_lora_group
 from guywire.methods.adapters.i_lora import ILoRA
 from guywire.methods.adapters.pego import PEGO, diversify_loss, preserve_loss
 
 __all__ = [
     "PEGO",
+    "AlignGuardLoRA",
     "ILoRA",
+    "add_branch",
+    "critical_subspace",
     "diversify_loss",
+    "fisher_norm",
+    "geodesic_overlap",
     "hidden_state_loss",
     "interpolate_adapters",
     "lora_group",
     "merge_lora_group",
     "preserve_loss",
+    "riemannian_overlap",
+    "split_update",
 ]
