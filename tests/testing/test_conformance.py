@@ -137,6 +137,22 @@ def i_lora_one_sided(**keywords):
     return gw.ILoRA(**options | keywords)
 
 
+def with_mask(model):
+    gw.mask(model, "first.weight")
+    return model
+
+
+@dressed(with_mask)
+def mask_tuning(**keywords):
+    return gw.MaskTuning(**{"norm": 0.1} | keywords)
+
+
+@dressed(with_mask)
+def mask_tuning_soft(**keywords):
+    return gw.MaskTuning(**{"strength": 0.3, "norm": 0.1} | keywords)
+
+
+SECOND = "refused: a second gradient on the graph of the loss, which shards do not give"
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
 FACTORS = "gathers the factors in the step; equality: tests/distributed/test_alignguard.py"
@@ -196,6 +212,16 @@ SUBJECTS = {
         i_lora_one_sided,
         off=NO_REPLAY,
         skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": SHARDED},
+    ),
+    "MaskTuning": Subject(
+        mask_tuning,
+        off={"strength": 0.0, "norm": 0.0},
+        skip={"fsdp2": SECOND},
+    ),
+    "MaskTuning soft": Subject(
+        mask_tuning_soft,
+        off={"strength": 0.0, "norm": 0.0},
+        skip={"fsdp2": SECOND},
     ),
     "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
     "HalfFineTuning": Subject(
