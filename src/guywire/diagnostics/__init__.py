@@ -1,5 +1,6 @@
 """Diagnostics: what a stream of tasks does to a model, seen while it happens."""
 
+from guywire.diagnostics.connectivity import Connectivity, connectivity
 from guywire.diagnostics.forgetting import (
     average_accuracy,
     backward_transfer,
@@ -22,12 +23,14 @@ from guywire.diagnostics.stability import (
 from guywire.diagnostics.tracker import StabilityTracker
 
 __all__ = [
+    "Connectivity",
     "ContinualMonitor",
     "GradientSplit",
     "Observation",
     "StabilityTracker",
     "average_accuracy",
     "backward_transfer",
+    "connectivity",
     "end_forgetting",
     "final_accuracy",
     "forgetting",
