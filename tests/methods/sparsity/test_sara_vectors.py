@@ -89,6 +89,18 @@ def test_the_model_looks_as_before():
     assert len(own) == len(list(plain.parameters()))
 
 
+def test_a_sequential_as_the_root():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = copy.deepcopy(plain)
+    _, vectors = prepared(model)
+    x = torch.ones(2, 4)
+    assert torch.equal(model(x), plain(x))
+    model(x).sum().backward()
+    assert any(v.grad is not None for v in vectors)
+    model.load_state_dict({n: t + 1.0 for n, t in plain.state_dict().items()})
+    assert torch.equal(model(x), gw.sara_fold(model)(x))
+
+
 def test_a_forward_pass_that_fails_leaves_the_weights_in_place():
     model = Tied()
     prepared(model)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from guywire.methods.sparsity.adaptation import SaRAAdaptation, sara_adapt, sara_adaptation
+from guywire.methods.sparsity.adaptation import (
+    SaRAAdaptation,
+    sara_adapt,
+    sara_adaptation,
+    sara_fold,
+)
 from guywire.methods.sparsity.half_fine_tuning import HalfFineTuning
 from guywire.methods.sparsity.halves import half, half_fractions, half_reset
 from guywire.methods.sparsity.mask_files import (
@@ -20,7 +25,7 @@ from guywire.methods.sparsity.mask_tuning import (
     prediction_drift,
 )
 from guywire.methods.sparsity.masks import fold_mask, mask, unmask
-from guywire.methods.sparsity.sara import SaRA, sara_fold
+from guywire.methods.sparsity.sara import SaRA
 from guywire.methods.sparsity.smallest import (
     nuclear_norm,
     sara_learning_rate,

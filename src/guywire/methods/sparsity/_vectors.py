@@ -101,6 +101,10 @@ class Vectors(nn.Module):
         self.written: dict[str, int] = {}
         self.handles: list[Any] = []
 
+    def forward(self, x: Any) -> Any:
+        """Pass on what came: where the root is a Sequential, this is its last layer."""
+        return x
+
     def names(self) -> list[str]:
         """Return the names of the chosen tensors, in the order of the model."""
         return list(self.weights)

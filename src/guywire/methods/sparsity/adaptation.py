@@ -24,7 +24,7 @@ from guywire.core.tensors import Tensors
 from guywire.methods.sparsity import _vectors
 from guywire.methods.sparsity.smallest import smallest_masks
 
-__all__ = ["SaRAAdaptation", "sara_adapt", "sara_adaptation"]
+__all__ = ["SaRAAdaptation", "sara_adapt", "sara_adaptation", "sara_fold"]
 
 _KIND = "guywire-sara-1"
 
@@ -162,6 +162,29 @@ def sara_adapt(
                 delta = factor * (values.double() - old)
                 change.put_(place.long(), delta, accumulate=True)
             p.copy_((p.double() + change).to(p.dtype))
+    return model
+
+
+def sara_fold(model: nn.Module) -> nn.Module:
+    """Write the vectors into the weights and leave an ordinary model, trainable as before.
+
+    Args:
+        model: one that ``SaRA.prepare`` prepared; changed in place. Detach the wires first.
+
+    Returns:
+        The model.
+
+    Raises:
+        AttachError: it is not prepared.
+
+    Example:
+        >>> import guywire as gw
+        >>> model = nn.Linear(3, 2)
+        >>> _ = gw.SaRA(share=0.5).prepare(model)
+        >>> [name for name, p in gw.sara_fold(model).named_parameters() if p.requires_grad]
+        ['weight', 'bias']
+    """
+    _vectors.remove(model)
     return model
 
 

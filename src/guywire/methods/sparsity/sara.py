@@ -35,7 +35,7 @@ from guywire.methods.sparsity import _vectors
 from guywire.methods.sparsity._vectors import Vectors
 from guywire.methods.sparsity.smallest import nuclear_norm, smallest_masks, threshold_of_share
 
-__all__ = ["SaRA", "sara_fold"]
+__all__ = ["SaRA"]
 
 
 @final
@@ -352,29 +352,6 @@ class SaRA(Regularizer):
         matrix = vector.new_zeros(home.weight(name).shape)
         _vectors.scatter(matrix, home.index[name], vector)
         return matrix
-
-
-def sara_fold(model: nn.Module) -> nn.Module:
-    """Write the vectors into the weights and leave an ordinary model, trainable as before.
-
-    Args:
-        model: one that :meth:`SaRA.prepare` prepared; changed in place. Detach the wires first.
-
-    Returns:
-        The model.
-
-    Raises:
-        AttachError: it is not prepared.
-
-    Example:
-        >>> import guywire as gw
-        >>> model = nn.Linear(3, 2)
-        >>> _ = gw.SaRA(share=0.5).prepare(model)
-        >>> [name for name, p in gw.sara_fold(model).named_parameters() if p.requires_grad]
-        ['weight', 'bias']
-    """
-    _vectors.remove(model)
-    return model
 
 
 def _selected(model: nn.Module, vectors: Vectors, select: Selection) -> list[str]:
