@@ -7,6 +7,7 @@ import torch
 
 import guywire as gw
 from guywire.testing import CHECKS, Subject, dressed, driven, prepare
+from guywire.testing import _bench as bench
 from guywire.testing.conformance import run_check
 
 
@@ -152,6 +153,20 @@ def mask_tuning_soft(**keywords):
     return gw.MaskTuning(**{"strength": 0.3, "norm": 0.1} | keywords)
 
 
+def with_factors(model):
+    return gw.factorize(model, 1.2, min_out_features=1)
+
+
+def original(model):
+    with bench.dressed_as(None):
+        return bench.build(type(model), next(model.parameters()).dtype)
+
+
+@dressed(with_factors)
+def pela(**keywords):
+    return gw.PELA(**{"teacher": original, "blocks": ["first", "second"]} | keywords)
+
+
 SECOND = "refused: a second gradient on the graph of the loss, which shards do not give"
 COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
@@ -228,6 +243,13 @@ SUBJECTS = {
         half_fine_tuning,
         off={"ratio": 1.0},
         skip={"estimation": "consolidate begins a new round: requires_grad changes on purpose"},
+    ),
+    "PELA": Subject(
+        pela,
+        off={"feature": 0.0, "perturbation": 0.0},
+        skip={
+            "fsdp2": "needs whole factors in the loss, which fully_shard refuses (a clear error)"
+        },
     ),
 }
 ROWS = [

@@ -15,21 +15,28 @@ from guywire.methods.adapters.averaging import interpolate_adapters
 from guywire.methods.adapters.branches import add_branch
 from guywire.methods.adapters.groups import lora_group, merge_lora_group
 from guywire.methods.adapters.i_lora import ILoRA
+from guywire.methods.adapters.low_rank import factorize, fold_factors
 from guywire.methods.adapters.pego import PEGO, diversify_loss, preserve_loss
+from guywire.methods.adapters.pela import PELA, block_distillation_loss, perturbation_loss
 
 __all__ = [
     "PEGO",
+    "PELA",
     "AlignGuardLoRA",
     "ILoRA",
     "add_branch",
+    "block_distillation_loss",
     "critical_subspace",
     "diversify_loss",
+    "factorize",
     "fisher_norm",
+    "fold_factors",
     "geodesic_overlap",
     "hidden_state_loss",
     "interpolate_adapters",
     "lora_group",
     "merge_lora_group",
+    "perturbation_loss",
     "preserve_loss",
     "riemannian_overlap",
     "split_update",
