@@ -1,0 +1,358 @@
+"""Write a merged model: a work folder beside the target, a journal, and one rename at the end.
+
+Nothing of the target exists until all of it does. Tensors are written at their final places in files
+of their final size, in any order. Each finished stretch is noted in the journal with a checksum, so
+that an interrupted merge goes on where it stopped, after reading back what it finds noted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guywire.core.checkpoint import write_bytes, write_json
+from guywire.core.errors import CheckpointError, UsageError
+from guywire.methods.merging.files import DTYPES, Checkpoint
+from guywire.methods.merging.matching import Item, Plan
+
+RECIPE = "guywire-merge.json"
+_JOURNAL = "journal"
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe"}
+_NOT = {"adapter_config.json", "trainer_state.json", RECIPE, "all_results.json", "README.md"}
+_TOKENISER = (
+    "token",
+    "vocab",
+    "merges",
+    "special_",
+    "preprocessor",
+    "processor",
+    "chat_",
+    "spiece",
+)
+
+
+class Target:
+    """The folder that a merge makes.
+
+    Args:
+        out: the folder.
+        sources: files and folders that must not be overwritten.
+        force: replace what an earlier merge made.
+
+    Raises:
+        UsageError: the folder exists, or is one of the sources.
+    """
+
+    def __init__(self, out: Path, sources: Iterable[Path], *, force: bool, resume: bool) -> None:
+        self.out = out
+        self.work = out.absolute().with_name(f".{out.absolute().name}.guywire-merge")
+        mine = out.resolve()
+        for source in sources:
+            if source.resolve().is_relative_to(mine):
+                raise UsageError(f"{source} would be overwritten by the result: give another --out")
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            if not force:
+                raise UsageError(f"{out} is there already: give another --out, or --force")
+            if not out.is_dir() or not (out / RECIPE).is_file():
+                raise UsageError(
+                    f"{out} is there and was not made by a merge: remove it yourself, or give "
+                    "another --out"
+                )
+        if self.work.exists() and not (force or resume):
+            raise UsageError(
+                f"an interrupted merge to {out} is there: go on with --resume, or start anew with "
+                "--force"
+            )
+        self._lock = threading.Lock()
+        self._handles: dict[str, int] = {}
+        self._journal: Any = None
+        self.done: dict[tuple[str, int], tuple[int, str]] = {}
+
+    def begin(self, request: str, *, resume: bool) -> None:
+        """Make the work folder, or take up an old one.
+
+        Args:
+            request: says all that the result depends on.
+            resume: go on with what is there.
+
+        Raises:
+            UsageError: what is there belongs to another request.
+            CheckpointError: the folder cannot be made.
+        """
+        if self.work.exists() and not resume:
+            shutil.rmtree(self.work)
+        with _writing(self.work):
+            self.work.parent.mkdir(parents=True, exist_ok=True)
+            self.work.mkdir(exist_ok=True)
+            file = self.work / _JOURNAL
+            if file.is_file():
+                self._read(file, request)
+            fresh = not file.is_file() or not file.stat().st_size
+            self._journal = file.open("a", encoding="utf-8")
+            if fresh:
+                self._journal.write(json.dumps({"request": request}) + "\n")
+                self._journal.flush()
+
+    def open(self, name: str, header: bytes, size: int) -> None:
+        """Make a file of its final size with its header, or open it again.
+
+        Args:
+            name: of the file.
+            header: its first bytes.
+            size: of the whole file.
+
+        Raises:
+            CheckpointError: it cannot be made, for want of space, say.
+        """
+        with _writing(self.work / name):
+            handle = os.open(self.work / name, os.O_RDWR | os.O_CREAT, 0o666)
+            self._handles[name] = handle
+            if os.fstat(handle).st_size != size:
+                os.ftruncate(handle, size)
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(handle, 0, size)  # a full disk is told at once, not at the end
+            os.pwrite(handle, header, 0)
+
+    def has(self, name: str, at: int, length: int) -> bool:
+        """Tell whether a stretch was written before and is sound.
+
+        Args:
+            name: of the file.
+            at: its first byte.
+            length: in bytes.
+
+        Returns:
+            True if it need not be written again.
+        """
+        noted = self.done.get((name, at))
+        if noted is None or noted[0] != length:
+            return False
+        found = os.pread(self._handles[name], length, at)
+        return len(found) == length and _checksum(np.frombuffer(found, np.uint8)) == noted[1]
+
+    def write(self, name: str, at: int, values: Tensor) -> None:
+        """Write a stretch and note it; may be called by several threads at once.
+
+        Args:
+            name: of the file.
+            at: its first byte.
+            values: what to write.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        data = (
+            values.contiguous().view(torch.uint8).numpy() if values.numel() else np.empty(0, "u1")
+        )
+        with _writing(self.work / name):
+            view, place = data.data, at
+            while view:
+                sent = os.pwrite(self._handles[name], view, place)
+                view, place = view[sent:], place + sent
+            line = json.dumps([name, at, len(data), _checksum(data)])
+            with self._lock:
+                self._journal.write(line + "\n")
+                self._journal.flush()
+
+    def finish(self) -> None:
+        """Flush everything to the disk and put it in place.
+
+        Raises:
+            CheckpointError: the disk is full, or the folder cannot be renamed.
+        """
+        with _writing(self.out):
+            for handle in self._handles.values():
+                os.fsync(handle)
+            self.close()
+            (self.work / _JOURNAL).unlink(missing_ok=True)
+            old = self.out.absolute().with_name(f".{self.out.absolute().name}.old")
+            replaces = self.out.exists() and any(self.out.iterdir())
+            if replaces:
+                os.rename(self.out, old)
+            elif self.out.exists():
+                self.out.rmdir()
+            os.rename(self.work, self.out)
+            with contextlib.suppress(OSError):
+                handle = os.open(self.out.absolute().parent, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            if replaces:
+                shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Close files; the work folder stays, for a resume."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def discard(self) -> None:
+        """Remove the work folder."""
+        self.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _read(self, file: Path, request: str) -> None:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            try:
+                value = json.loads(line)
+                if number == 0:
+                    if value["request"] != request:
+                        raise UsageError(
+                            f"the interrupted merge to {self.out} was another one (other models, "
+                            "method, rate, seed, ...): start anew with --force"
+                        )
+                else:
+                    name, at, length, check = value
+                    self.done[name, at] = (length, check)
+            except (ValueError, TypeError, KeyError) as error:
+                if isinstance(error, UsageError):
+                    raise
+                break  # the line at which it was killed
+
+
+def layout(items: Sequence[Item], metadata: dict[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out a safetensors file.
+
+    Args:
+        items: its tensors, in order.
+        metadata: texts by name.
+
+    Returns:
+        The header, names to first bytes, and the size of the file.
+    """
+    rows = [(item.name, item.dtype, item.shape) for item in items]
+    return layout_rows(rows, metadata)
+
+
+def layout_rows(
+    rows: Sequence[tuple[str, str, tuple[int, ...]]],
+    metadata: dict[str, str],
+    *,
+    keep_order: bool = False,
+) -> tuple[bytes, dict[str, int], int]:
+    """As :func:`layout`, from names, types and shapes."""
+    if not keep_order:
+        # Wide elements first: every tensor then starts at a multiple of its own element's size.
+        rows = sorted(rows, key=lambda row: -DTYPES[row[1]].itemsize)
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at, offsets = 0, {}
+    for name, dtype, shape in rows:
+        size = DTYPES[dtype].itemsize
+        for side in shape:
+            size *= side
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        offsets[name] = at
+        at += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    origin = 8 + len(text)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: origin + place for name, place in offsets.items()}, origin + at
+
+
+def companions(plan: Plan, base: Checkpoint) -> dict[str, bytes]:
+    """Collect configuration, tokenizer and index, so that the result loads by itself.
+
+    Args:
+        plan: of the merge.
+        base: where a tokenizer comes from if the fine-tuned model has none.
+
+    Returns:
+        Names of files (with folders) to contents.
+    """
+    found: dict[str, bytes] = {}
+    for source, only in ((plan.config.folder, None), (base.folder, _TOKENISER)):
+        files = [f for f in sorted(source.iterdir()) if _wanted(f)]
+        if only is not None and any(name.startswith(_TOKENISER) for name in found):
+            continue
+        for file in files:
+            if only is None or file.name.startswith(only):
+                found.setdefault(file.name, file.read_bytes())
+    for folder in _modules(plan.config.folder):
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and (file.suffix in _SUFFIXES or file.suffix == ".safetensors"):
+                found[str(file.relative_to(plan.config.folder))] = file.read_bytes()
+    if len(plan.files) > 1:
+        found[index_name(base)] = _index(plan)
+    return found
+
+
+def write_companions(folder: Path, files: dict[str, bytes], recipe: dict[str, Any]) -> None:
+    """Write what :func:`companions` found, and what was done."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, content, durable=False)
+    write_json(folder / RECIPE, recipe)
+
+
+def index_name(base: Checkpoint) -> str:
+    """Return the name of the index of a result that is sharded as its base is."""
+    if base.path.is_file() and base.path.name.endswith(".index.json"):
+        return base.path.name
+    found = sorted(base.folder.glob("*.safetensors.index.json"))
+    return found[0].name if len(found) == 1 else "model.safetensors.index.json"
+
+
+def request_of(**facts: Any) -> str:
+    """Return a digest of all that a result depends on."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _index(plan: Plan) -> bytes:
+    total = sum(item.numel * DTYPES[item.dtype].itemsize for item in plan.items)
+    where = {item.name: file for file, items in plan.files.items() for item in items}
+    value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _wanted(file: Path) -> bool:
+    return (
+        file.is_file()
+        and (file.suffix in _SUFFIXES or file.name.upper().startswith("LICENSE"))
+        and file.name not in _NOT
+        and not file.name.endswith(".index.json")
+        and not file.name.startswith(".")
+    )
+
+
+def _modules(folder: Path) -> list[Path]:
+    """Folders of the further modules of a sentence-transformers model."""
+    try:
+        listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        names = [entry["path"] for entry in listed]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    return [folder / n for n in names if n and Path(n).name == n and (folder / n).is_dir()]
+
+
+def _checksum(data: np.ndarray) -> str:
+    """Xor and sum of the words: finds torn pages and flipped bits at the speed of memory."""
+    whole = len(data) // 8 * 8
+    words = data[:whole].view(np.uint64)
+    rest = int.from_bytes(data[whole:].tobytes(), "little")
+    xor = int(np.bitwise_xor.reduce(words)) if len(words) else 0
+    total = int(np.add.reduce(words)) if len(words) else 0
+    return f"{xor ^ rest:016x}{total:016x}"
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}: free some space or give another --out"
+        ) from error
