@@ -6,7 +6,7 @@ They are PEFT's own layers, so everything that knows PEFT (saving, merging, quan
 them. The scaling is 1 (``lora_alpha = r``), there is no dropout, and a group starts as the model it
 was put on, bit for bit.
 
-Source: the groups of Hu, Zhang, Qi, Yuan, Yao, Liang, "Learn to Preserve and Diversify:
+Source: the groups of Hu, Zhang, Qi, Shi, Gao, "Learn to Preserve and Diversify:
 Parameter-Efficient Group with Orthogonal Regularization for Domain Generalization", arXiv 2407.15085.
 """
 

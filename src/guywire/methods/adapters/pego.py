@@ -19,14 +19,15 @@ product once, some rows at a time, and their gradient falls out in the same pass
 For a square W0 of full rank ``preserve`` is zero only at D = 0: it is a shrinkage that is dear along
 the large singular directions of W0 and cheap along the small ones.
 
-Source: Hu, Zhang, Qi, Yuan, Yao, Liang, "Learn to Preserve and Diversify: Parameter-Efficient Group
+Source: Hu, Zhang, Qi, Shi, Gao, "Learn to Preserve and Diversify: Parameter-Efficient Group
 with Orthogonal Regularization for Domain Generalization", ECCV 2024, arXiv 2407.15085. ``norm`` and
 ``side`` are variants that the authors' code mentions; ``normalise`` is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -85,7 +86,7 @@ def preserve_loss(
     with torch.autocast(base.device.type, enabled=False):  # the sums overflow half precision
         left = _Times.apply(base.detach(), torch.cat(As).T)
         lefts = left.split([a.shape[0] for a in As], dim=1)  # pyright: ignore[reportOptionalMemberAccess]
-        return torch.stack([_norm(x, b, norm) for x, b in zip(lefts, Bs, strict=True)]).sum()
+        return _norm(lefts, Bs, norm)
 
 
 def diversify_loss(
@@ -114,13 +115,12 @@ def diversify_loss(
     As, Bs = _factors(A, B, norm, side, None)
     if side == "output":
         As, Bs = [b.T for b in Bs], [a.T for a in As]
+    pairs = list(combinations(range(len(As)), 2))
+    if not pairs:
+        return As[0].new_zeros(())
     with torch.autocast(As[0].device.type, enabled=False):
-        terms = [
-            _norm(Bs[i] @ (As[i] @ As[j].T), Bs[j], norm)
-            for i in range(len(As))
-            for j in range(i + 1, len(As))
-        ]
-        return torch.stack(terms).sum() if terms else As[0].new_zeros(())
+        lefts = [Bs[i] @ (As[i] @ As[j].T) for i, j in pairs]
+        return _norm(lefts, [Bs[j] for _, j in pairs], norm)
 
 
 @final
@@ -303,7 +303,7 @@ class _Times(torch.autograd.Function):
 
 
 class _AbsoluteSum(torch.autograd.Function):
-    """``sum |left @ right'|`` of thin matrices, some rows of the product at a time.
+    """``sum |left_i @ right_i'|`` of stacked thin matrices, some rows of the products at a time.
 
     With S = sign(left right') the gradients are ``S right`` and ``S' left``, and the value is the inner
     product of the first with ``left``: one pass gives all three, and backward only multiplies.
@@ -312,10 +312,10 @@ class _AbsoluteSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         to_left, to_right = torch.empty_like(left), torch.zeros_like(right)
-        for rows, out in zip(left.split(_ROWS), to_left.split(_ROWS), strict=True):
-            signs = (rows @ right.T).sign_()
-            torch.matmul(signs, right, out=out)
-            to_right.addmm_(signs.T, rows)
+        for rows, out in _pieces(left, to_left):
+            signs = (rows @ right.mT).sign_()
+            out.copy_(signs @ right)
+            to_right.baddbmm_(signs.mT, rows)
         ctx.save_for_backward(to_left, to_right)
         return (left * to_left).sum()
 
@@ -326,13 +326,26 @@ class _AbsoluteSum(torch.autograd.Function):
         return grads[0] * to_left, grads[0] * to_right
 
 
-def _norm(left: Tensor, right: Tensor, norm: Norm) -> Tensor:
-    """Return the norm of ``left @ right'``."""
+def _pieces(left: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut ``[n, rows, k]`` into pieces of some rows in all."""
+    rows = max(1, _ROWS // left.shape[0])
+    return zip(*(t.split(rows, dim=1) for t in (left, *more)), strict=True)
+
+
+def _norm(lefts: Sequence[Tensor], rights: Sequence[Tensor], norm: Norm) -> Tensor:
+    """Return the sum of the norms of ``left_i @ right_i'``."""
+    left, right = _stacked(lefts), _stacked(rights)
     if norm == "fro2":
-        return ((left.T @ left) * (right.T @ right)).sum()
+        return ((left.mT @ left) * (right.mT @ right)).sum()
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
         return _AbsoluteSum.apply(left, right)  # pyright: ignore[reportReturnType]
-    return torch.stack([(rows @ right.T).abs_().sum() for rows in left.split(_ROWS)]).sum()
+    return torch.stack([(rows @ right.mT).abs_().sum() for (rows,) in _pieces(left)]).sum()
+
+
+def _stacked(thin: Sequence[Tensor]) -> Tensor:
+    """Stack matrices of one height; columns of zeros, which change no product, fill up the rank."""
+    widest = max(t.shape[1] for t in thin)
+    return torch.stack([nn.functional.pad(t, (0, widest - t.shape[1])) for t in thin])
 
 
 def _factors(
