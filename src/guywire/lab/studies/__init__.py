@@ -21,6 +21,7 @@ STUDIES: dict[str, str] = {
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
     "pego": "guywire.lab.studies.pego",
     "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
+    "sara": "guywire.lab.studies.sara",
     "stability-gap": "guywire.lab.studies.stability_gap",
 }
 """Slug to module; a new study adds its line here."""
