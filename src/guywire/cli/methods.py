@@ -49,8 +49,8 @@ def card(name: str) -> dict[str, Any]:
     Raises:
         UsageError: no such method.
     """
-    from guywire.lab.training.arms import PARTS
     from guywire.lab.training.config import nearest
+    from guywire.lab.training.parts import PARTS
 
     if name not in PARTS:
         raise UsageError(f"there is no method {name!r}: {nearest(name, PARTS)}")
@@ -91,7 +91,7 @@ def _methods(
     name: Annotated[str | None, typer.Argument(help="One method.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    from guywire.lab.training.arms import PARTS
+    from guywire.lab.training.parts import PARTS
 
     cards = [card(known) for known in (PARTS if name is None else [name])]
     if as_json:

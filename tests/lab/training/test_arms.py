@@ -12,6 +12,7 @@ from guywire.lab import streams
 from guywire.lab.training import arms
 from guywire.lab.training.config import DEFAULT_METHODS, CompareConfig, TrialSpec
 from guywire.lab.training.criterion import Criterion
+from guywire.lab.training.parts import PARTS
 
 
 def build(method: str, **options: Any) -> arms.Arm:
@@ -28,22 +29,27 @@ def test_every_public_method_has_a_name() -> None:
         for name in gw.__all__
         if inspect.isclass(getattr(gw, name)) and issubclass(getattr(gw, name), Regularizer)
     } - {"Regularizer"}
-    assert public == {part.export for part in arms.PARTS.values() if part.export}
+    assert public == {part.export for part in PARTS.values() if part.export}
 
 
-@pytest.mark.parametrize("name", sorted(arms.PARTS))
+@pytest.mark.parametrize("name", sorted(PARTS))
 def test_every_method_can_be_built_and_tells_what_it_is(name: str) -> None:
-    part = arms.PARTS[name]
-    arm = build(name)
-    assert len(arm.regularizers) == (1 if part.export else 0)
+    part = PARTS[name]
     assert part.summary
     assert part.when
+    if part.own_loop:
+        with pytest.raises(UsageError, match=f"guywire.{part.export} in a loop of your own"):
+            build(name)
+        return
+    arm = build(name)
+    assert len(arm.regularizers) == (1 if part.export else 0)
+    assert (arm.lora is not None) == part.adapted
     for key in part.defaults:
-        assert key in inspect.signature(part.cls).parameters  # type: ignore[arg-type]
+        assert key in {*inspect.signature(part.cls).parameters, *part.extra}  # type: ignore[arg-type]
 
 
 def test_the_default_methods_exist() -> None:
-    assert set(DEFAULT_METHODS) <= set(arms.PARTS)
+    assert set(DEFAULT_METHODS) <= set(PARTS)
     assert len(DEFAULT_METHODS) == 7
 
 
@@ -103,7 +109,7 @@ def test_distillation_follows_the_loss() -> None:
     ("method", "options", "words"),
     [
         ("ewcc", {}, "there is no method 'ewcc': did you mean 'ewc'?"),
-        ("xyz", {}, "there is no method 'xyz': known are ewc, "),
+        ("xyz", {}, "there is no method 'xyz': known are adamr, "),
         ("ewc+ewc", {}, "names one method twice"),
         ("joint+ewc", {}, "'joint' stands alone"),
         ("finetune+l2", {}, "'finetune' stands alone"),

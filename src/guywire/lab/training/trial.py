@@ -205,6 +205,8 @@ class Trial:
         if self.optimizer is not None and self.wires is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.wires.load_state_dict(state["wires"])
+            # What one method freezes decides what the next one binds to, as at the first attach.
+            self.wires.refresh()
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
         self._begun = state["begun"]
@@ -284,7 +286,8 @@ class Trial:
         self.record.loss_tasks.append(task)
         self.position.step += 1
         if self.monitor is not None:
-            self.monitor.step(self.model)
+            with self.arm.in_use(self.model):
+                self.monitor.step(self.model)
 
     def _after_step(self) -> None:
         now = time.perf_counter()
@@ -309,10 +312,11 @@ class Trial:
             ) from error
         self.record.extra_memory = max(self.record.extra_memory, self._extra_memory(task))
         self._clock()
-        if self.monitor is not None:
-            self.monitor.end_task(self.model)
-        self._clock()
-        row, pooled = evaluate.matrix_row(self.model, self.stream, task)
+        with self.arm.in_use(self.model):
+            if self.monitor is not None:
+                self.monitor.end_task(self.model)
+            self._clock()
+            row, pooled = evaluate.matrix_row(self.model, self.stream, task)
         self.record.matrix.append(row)
         self.record.pooled = pooled
         self._let_go()
