@@ -5,6 +5,7 @@ from guywire.methods.merging.dare import drop_and_rescale, keep, prunable, resca
 from guywire.methods.merging.importance import magnitude_mask, structural_survivors, wanda_mask
 from guywire.methods.merging.inputs import LayerInputs, layer_inputs
 from guywire.methods.merging.learned import learn_q
+from guywire.methods.merging.masks import survivors
 from guywire.methods.merging.rescale import (
     analytic_q,
     contributions,
@@ -53,6 +54,7 @@ __all__ = [
     "search_q",
     "steady_mean",
     "structural_survivors",
+    "survivors",
     "tail_bound",
     "top_logits_change",
     "wanda_mask",

@@ -12,8 +12,8 @@ choose it. ``q = 1`` drops without rescaling.
 Which weights survive follows from the seed and the tensor's name alone, so the order of tensors,
 shards and processes does not matter. The head is no change of anything pretrained: leave it out.
 
-Source: Deng, Zhang, Vakilian, Minervini, Cho, "DARE the Extreme: Revisiting Delta-Parameter Pruning
-For Fine-Tuned Models", arXiv 2410.09344; DARE itself is arXiv 2311.03099.
+Source: Deng, Zhao, Vakilian, Chen, Li, Thrampoulidis, "DARE the Extreme: Revisiting Delta-Parameter
+Pruning For Fine-Tuned Models", arXiv 2410.09344; DARE itself is arXiv 2311.03099.
 """
 
 from __future__ import annotations
