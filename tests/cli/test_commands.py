@@ -17,7 +17,7 @@ import pytest
 import guywire
 from guywire import cli
 from guywire.cli import console, main
-from guywire.lab.training.arms import PARTS
+from guywire.lab.training.parts import PARTS
 
 TINY = [
     "--tasks",
@@ -365,7 +365,7 @@ def test_a_report_is_rendered_again(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name in ("compare", "methods", "report", "runs"):
+    for name in ("compare", "merge", "methods", "report", "runs"):
         assert name in shown
     assert main(["compare", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -81,7 +81,7 @@ def _inputs_of(editor: Editor, part: Part, item: Item, model_type: str | None) -
         return None
     turned = model_type in TRANSPOSED
     ones = torch.ones(1, item.shape[0 if turned else 1])
-    return Inputs(ones, ones[0], turned)
+    return Inputs(ones, ones[0], turned, ones=True)
 
 
 def _q(editor: Editor, item: Item, part: Part, seen: Inputs, bias: Item | None, run: Map) -> float:
@@ -96,6 +96,8 @@ def _q(editor: Editor, item: Item, part: Part, seen: Inputs, bias: Item | None, 
     def energy(piece: Piece) -> tuple[float, float]:
         delta = editor.change(item, part, *piece).view(-1, width)
         rows = slice(piece[0] // width, piece[1] // width)
+        if seen.ones and shift is None:
+            return float(delta.square().sum()), float(delta.sum(1).square().sum())
         return output_energy(delta, seen.rows, None if shift is None else shift[rows])
 
     sums = list(run(energy, pieces))

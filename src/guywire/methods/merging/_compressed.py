@@ -181,7 +181,7 @@ def _row(item: Item) -> dict[str, Any]:
 def _piece(
     editor: Editor, item: Item, start: int, stop: int
 ) -> tuple[bytes, int, int | None, bool]:
-    values, where = editor.edit(item, start, stop)
+    values, where = editor.edit(item, start, stop, places=True)
     before, crc = None, None
     if item.base is not None and start < item.base.numel:
         before = editor.base.read(item.base.name, start, min(stop, item.base.numel))

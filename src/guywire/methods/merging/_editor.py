@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,13 @@ class Inputs:
         rows: some of its inputs, ``[n, in]``.
         norms: of each input feature, ``[in]``.
         transposed: the weight is ``[in, out]``; ``None`` if that is to be seen from its shape.
+        ones: there is no data, every feature counts as 1.
     """
 
     rows: Tensor
     norms: Tensor
     transposed: bool | None = None
+    ones: bool = False
 
     def turned(self, shape: Sequence[int]) -> bool | None:
         """Tell whether a weight is ``[in, out]``; ``None`` if the inputs do not fit it at all."""
@@ -104,17 +107,20 @@ class Editor:
 
             self.limits[part.model, item.name] = find_limit(delta, pieces, count, run)
 
-    def edit(self, item: Item, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def edit(
+        self, item: Item, start: int, stop: int, *, places: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the new values of a piece.
 
         Args:
             item: the tensor.
             start: first element.
             stop: after the last one.
+            places: say where the piece may differ from the base.
 
         Returns:
-            The values in the result's type, and the positions in the piece that may differ from the
-            base; ``None`` for all.
+            The values in the result's type, and with ``places`` the positions in the piece that may
+            differ from the base; ``None`` for all.
         """
         split = max(start, min(stop, item.common)) if item.base is not None else start
         if split == start and start < stop:
@@ -128,7 +134,7 @@ class Editor:
         out = before.to(DTYPES[item.dtype], copy=True)
         if item.pruned:
             kept = self._kept(item, changes, start, split)
-            where = edits.touched(kept, len(before)) if split == stop else None
+            where = edits.touched(kept, len(before)) if places and split == stop else None
             self._combine(item, before, changes, kept, out)
         else:
             edits.add(before, changes, [None] * len(changes), self._shares(item), out)
@@ -219,7 +225,7 @@ class Editor:
                 mask = wanda_mask(delta.view(item.shape).T, seen.norms, self.rate).T.reshape(-1)
             else:
                 mask = wanda_mask(delta.view(-1, item.shape[1]), seen.norms, self.rate).view(-1)
-            kept.append(mask.nonzero().view(-1))
+            kept.append(torch.from_numpy(np.flatnonzero(mask.numpy())))
         return kept
 
     def _inputs(self, part: Part, item: Item) -> Inputs | None:

@@ -1,22 +1,26 @@
 """The magnitude that the largest changes of a tensor exceed, found piece by piece.
 
-The bits of floats that are not negative are ordered as the floats are: a count of their leading 16
-bits, and of the other 15 where it matters, gives the k-th largest without a sorted copy of the tensor.
+The bits of floats that are not negative are ordered as the floats are. A sample says between which two
+magnitudes the k-th largest must lie; one pass counts what is above, and collects what is between. If
+the sample misled, all magnitudes are possible again, and the pass collects in 32768 classes instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Piece = tuple[int, int]
-Run = Callable[[Callable[[Piece], np.ndarray | int], Sequence[Piece]], Iterable[np.ndarray | int]]
+Run = Callable[[Callable[[Piece], Any], Sequence[Piece]], Iterable[Any]]
 
 _LOW = 15
+_SAMPLE = 1 << 17  # of a tensor, in stretches
+_STRETCH = 1024
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Limit:
         bits = magnitude_bits(delta)
         mask = bits > self.bits
         if ties := self.ties.get(start, 0):
-            mask[(bits == self.bits).nonzero().view(-1)[:ties]] = True
-        return mask.nonzero().view(-1)
+            mask[np.flatnonzero(bits == self.bits)[:ties]] = True
+        return torch.from_numpy(np.flatnonzero(mask))
 
 
 def find_limit(
@@ -46,7 +50,7 @@ def find_limit(
     """Find what keeps ``count`` weights exactly; of equal ones the first.
 
     Args:
-        delta: gives the change of a piece.
+        delta: gives the change of a piece, or of any slice.
         pieces: (start, stop), in order, of the whole tensor.
         count: how many to keep.
         run: maps a function over pieces, in order, perhaps on several threads.
@@ -59,48 +63,80 @@ def find_limit(
         return Limit(-1, {})
     if count == 0:
         return Limit(0x7FFFFFFF, {})
-    if len(pieces) == 1:
-        bits = {pieces[0]: magnitude_bits(delta(pieces[0])).numpy()}
-
-        def read(piece: Piece) -> np.ndarray:
-            return bits[piece]
-    else:
-
-        def read(piece: Piece) -> np.ndarray:
-            return magnitude_bits(delta(piece)).numpy()
-
-    def leading(piece: Piece) -> np.ndarray:
-        return np.bincount(read(piece) >> _LOW, minlength=1 << 16)
-
-    digit, count = _digit(sum(run(leading, pieces)), count)
-
-    def trailing(piece: Piece) -> np.ndarray:
-        mine = read(piece)
-        mine = mine[mine >> _LOW == digit]
-        return np.bincount(mine & ((1 << _LOW) - 1), minlength=1 << _LOW)
-
-    low, count = _digit(sum(run(trailing, pieces)), count)
-    threshold = digit << _LOW | low
-
-    def equal(piece: Piece) -> int:
-        return int((read(piece) == threshold).sum())
-
+    low, high = _between(delta, pieces, count, run)
+    found = _collect(delta, pieces, low, high, run)
+    above = sum(n for n, _ in found)
+    if not above < count <= above + sum(len(some) for _, some in found):
+        low, high = _classes(delta, pieces, count, run)
+        found = _collect(delta, pieces, low, high, run)
+        above = sum(n for n, _ in found)
+    some = np.concatenate([mine for _, mine in found])
+    left = count - above
+    threshold = int(np.partition(some, len(some) - left)[len(some) - left])
+    left -= int((some > threshold).sum())
     ties = {}
-    for (start, _), here in zip(pieces, run(equal, pieces), strict=True):
-        ties[start] = min(int(here), count)
-        count -= ties[start]
+    for (start, _), (_, mine) in zip(pieces, found, strict=True):
+        ties[start] = min(int((mine == threshold).sum()), left)
+        left -= ties[start]
     return Limit(threshold, ties)
 
 
-def magnitude_bits(delta: Tensor) -> Tensor:
+def magnitude_bits(delta: Tensor) -> np.ndarray:
     """Return the bits of ``|delta|`` as float32, int32."""
-    return delta.float().abs().view(torch.int32)
+    return delta.float().abs().view(torch.int32).numpy()
 
 
-def _digit(counts: np.ndarray | int, count: int) -> tuple[int, int]:
-    """The digit of the count-th largest, and how many of that digit are still wanted."""
-    assert isinstance(counts, np.ndarray)
-    from_above = np.cumsum(counts[::-1])
-    at = int(np.searchsorted(from_above, count))
-    before = int(from_above[at - 1]) if at else 0
-    return len(counts) - 1 - at, count - before
+def _collect(
+    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], low: int, high: int, run: Run
+) -> list[tuple[int, np.ndarray]]:
+    """For each piece how many are above ``high``, and those from ``low`` to ``high``."""
+
+    def look(piece: Piece) -> tuple[int, np.ndarray]:
+        bits = magnitude_bits(delta(piece))
+        # As unsigned numbers, what lies below ``low`` wraps around to beyond the range.
+        inside = (bits - np.int32(low)).view(np.uint32) <= np.uint32(high - low)
+        return int(np.count_nonzero(bits > high)), bits[inside]
+
+    return list(run(look, pieces))
+
+
+def _between(
+    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], count: int, run: Run
+) -> tuple[int, int]:
+    """Magnitudes between which the count-th largest must lie, if the sample is a fair one."""
+    numel = pieces[-1][1]
+    each = max(1, _SAMPLE // _STRETCH // len(pieces))
+
+    def look(piece: Piece) -> np.ndarray:
+        start, stop = piece
+        if stop - start <= each * _STRETCH:
+            return magnitude_bits(delta(piece))
+        starts = np.linspace(start, stop - _STRETCH, each).astype(np.int64)
+        return np.concatenate([magnitude_bits(delta((int(a), int(a) + _STRETCH))) for a in starts])
+
+    sample = np.concatenate(list(run(look, pieces)))
+    sample.sort()
+    share = count / numel
+    # Eight standard deviations: neighbours are alike, so that a stretch says less than it holds.
+    spread = 8.0 * (len(sample) * share * (1.0 - share)) ** 0.5 + 2.0
+    rank = len(sample) * (1.0 - share)
+    low, high = int(rank - spread), int(rank + spread)
+    return (
+        int(sample[low]) if low >= 0 else 0,
+        int(sample[high]) if high < len(sample) else 0x7FFFFFFF,
+    )
+
+
+def _classes(
+    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], count: int, run: Run
+) -> tuple[int, int]:
+    """The class of leading bits that holds the count-th largest, by counting all of them."""
+
+    def look(piece: Piece) -> np.ndarray:
+        return np.bincount(magnitude_bits(delta(piece)) >> _LOW, minlength=1 << 16)
+
+    counts = np.zeros(1 << 16, dtype=np.int64)
+    for mine in run(look, pieces):
+        counts += mine
+    digit = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), count))
+    return digit << _LOW, (digit << _LOW) + (1 << _LOW) - 1

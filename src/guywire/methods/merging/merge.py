@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor
 
-import guywire
 from guywire.core.errors import UsageError
 from guywire.methods.merging._choose import choose_qs
 from guywire.methods.merging._compressed import write_delta
@@ -274,7 +273,6 @@ def _recipe(
         "models": [model.path.name for model in models],
         "select": None if select is None else list(select),
         "exclude": list(exclude),
-        "version": guywire.__version__,
     }
     if method == "darex-q":
         values = list(editor.qs.values()) or [1.0 - editor.rate]
