@@ -156,6 +156,40 @@ def test_eta_gives_every_layer_its_q():
     assert changes[0] < changes[1]
 
 
+def test_a_transposed_parameter_is_edited_and_restored_as_well():
+    layer, base, tuned, data = task()
+    twin = nn.Linear(60, 5)
+    twin.weight = nn.Parameter(tuned["weight"].T.contiguous().T)  # another layout
+    twin.bias = nn.Parameter(tuned["bias"].clone())
+    found = [
+        search_q(m, base, tuned, 0.9, output_change(m, data), seeds=range(4)) for m in (layer, twin)
+    ]
+    assert not twin.weight.is_contiguous()
+    assert torch.equal(twin.weight, tuned["weight"])
+    assert list(found[0].scores) == list(found[1].scores)
+    assert list(found[0].scores.values()) == pytest.approx(list(found[1].scores.values()), rel=1e-5)
+
+
+def test_a_model_whose_score_fails_keeps_its_weights():
+    layer, base, tuned, _ = task()
+
+    def score(model):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        search_q(layer, base, tuned, 0.9, score, seeds=[0])
+    assert all(torch.equal(p, tuned[n]) for n, p in layer.named_parameters())
+
+
+def test_the_score_of_a_q_is_that_of_the_edited_model():
+    layer, base, tuned, data = task()
+    score = output_change(layer, data)
+    found = search_q(layer, base, tuned, 0.8, score, seeds=[7], exclude="bias")
+    for q, value in list(found.scores.items())[::7]:
+        layer.load_state_dict(gw.drop_and_rescale(base, tuned, 0.8, q, seed=7, exclude="bias"))
+        assert score(layer) == pytest.approx(value, rel=1e-6)
+
+
 def test_tensors_of_another_model_are_refused():
     layer, base, tuned, data = task()
     score = output_change(layer, data)

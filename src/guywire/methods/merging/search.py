@@ -13,30 +13,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guywire.core import batches
 from guywire.core.aside import undisturbed
 from guywire.core.errors import UsageError
 from guywire.core.selection import canonical, unwrap
 from guywire.methods.merging import dare
 from guywire.methods.merging.inputs import LayerInputs
 from guywire.methods.merging.rescale import eta_of_one, layer_qs
+from guywire.methods.merging.scores import Score
 
 __all__ = [
     "Search",
     "grid_search",
-    "output_change",
     "search_eta",
     "search_q",
     "steady_mean",
-    "top_logits_change",
 ]
 
-Score = Callable[[nn.Module], float]
 _PATIENCE = 4
 
 
@@ -145,7 +141,7 @@ def search_q(
         tuned: names to fine-tuned parameters.
         rate: share that is dropped, in [0, 1).
         score: of a model, lower is better: an error on validation data, or what
-            :func:`output_change` returns. Never on test data.
+            :func:`~guywire.methods.merging.output_change` returns. Never on test data.
         seeds: of the masks to average over.
         high: largest q.
         step: of the coarse scan from ``1 - rate``; a twentieth of the range if ``None``.
@@ -162,11 +158,8 @@ def search_q(
     masks = [dare.keep(base, tuned, rate, seed=s, select=select, exclude=exclude) for s in seeds]
     low = 1.0 - rate
     step = (high - low) / 20.0 if step is None else step
-
-    def value(q: float) -> float:
-        return _scored(model, base, tuned, masks, q, score)
-
-    return grid_search(value, low, high, step)
+    with _Trial(model, base, tuned, masks, score) as trial:
+        return grid_search(trial, low, high, step)
 
 
 def search_eta(
@@ -206,99 +199,80 @@ def search_eta(
         SelectionError: nothing is left to prune.
     """
     masks = [dare.keep(base, tuned, rate, seed=s, select=select, exclude=exclude) for s in seeds]
-
-    def value(eta: float) -> float:
-        qs = layer_qs(base, tuned, rate, inputs, eta=eta)
-        return _scored(model, base, tuned, masks, qs, score)
-
     high = eta_of_one(base, tuned, rate, inputs) if high is None else high
     step = high / 20.0 if step is None else step
-    return grid_search(value, step, high, step)
+    with _Trial(model, base, tuned, masks, score) as trial:
+
+        def value(eta: float) -> float:
+            return trial(layer_qs(base, tuned, rate, inputs, eta=eta))
+
+        return grid_search(value, step, high, step)
 
 
-def output_change(
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    read: Callable[[Any], Tensor] | None = None,
-) -> Score:
-    """Return a score: the mean absolute change of a model's output. Needs no labels.
-
-    Args:
-        model: fine-tuned, as it is now.
-        data: batches; 50 sequences are what the paper uses.
-        read: takes the output to compare; the last hidden state where there is one, else the logits.
-
-    Returns:
-        A function from an edited model to the change.
-
-    Example:
-        >>> layer = nn.Linear(2, 1)
-        >>> score = output_change(layer, [(torch.ones(4, 2), None)])
-        >>> score(layer)
-        0.0
-    """
-    read = _hidden if read is None else read
-    kept, wanted = _outputs_of(model, data, read)
-
-    def score(edited: nn.Module) -> float:
-        total, count = 0.0, 0
-        for batch, reference in zip(kept, wanted, strict=True):
-            change = read(batches.forward(edited, batch)).detach() - reference
-            total += float(change.abs().sum(dtype=torch.float64))
-            count += change.numel()
-        return total / count
-
-    return score
-
-
-def top_logits_change(model: nn.Module, data: Iterable[Any], *, top: int = 5) -> Score:
-    """Return a score: the mean squared change of a language model's largest logits.
+class _Trial:
+    """Scores edits of a model; from one to the next only the survivors are written.
 
     Args:
-        model: fine-tuned, as it is now.
-        data: batches.
-        top: how many of the fine-tuned model's largest logits at each position count.
-
-    Returns:
-        A function from an edited model to the change.
+        model: gets the edited weights within ``with``, and its own back.
+        base: names to pretrained tensors.
+        tuned: names to fine-tuned tensors.
+        masks: names to survivors, for each mask.
+        score: of a model.
     """
-    kept, logits = _outputs_of(model, data, batches.logits_of)
-    wanted = [z.topk(top, dim=-1) for z in logits]
 
-    def score(edited: nn.Module) -> float:
-        total, count = 0.0, 0
-        for batch, reference in zip(kept, wanted, strict=True):
-            z = batches.logits_of(batches.forward(edited, batch)).detach()
-            change = z.gather(-1, reference.indices) - reference.values
-            total += float(change.square().sum(dtype=torch.float64))
-            count += change.numel()
-        return total / count
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Mapping[str, Tensor],
+        tuned: Mapping[str, Tensor],
+        masks: Sequence[Mapping[str, Tensor]],
+        score: Score,
+    ) -> None:
+        self.model, self.base, self.tuned = model, base, tuned
+        self.masks, self.score = masks, score
+        self.params = parameters_for(model, tuned)
+        self.own: dict[str, Tensor] = {}
 
-    return score
+    def __enter__(self) -> _Trial:
+        self.own = {name: p.detach().clone() for name, p in self.params.items()}
+        pruned = self.masks[0]
+        self._put({n: self.base[n] if n in pruned else v for n, v in self.tuned.items()})
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self._put(self.own)
 
-def _scored(
-    model: nn.Module,
-    base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
-    masks: Sequence[Mapping[str, Tensor]],
-    q: dare.Factors,
-    score: Score,
-) -> float:
-    values = []
-    params = parameters_for(model, tuned)
-    own = {name: params[name].detach().clone() for name in params}
-    with undisturbed(model, mode=False), torch.no_grad():
-        try:
-            for kept in masks:
-                for name, value in dare.rescale_kept(base, tuned, kept, q).items():
-                    params[name].copy_(value)
-                values.append(score(model))
-        finally:
-            for name, value in own.items():
-                params[name].copy_(value)
-    return steady_mean(values)
+    def __call__(self, q: dare.Factors) -> float:
+        values = []
+        with undisturbed(self.model, mode=False), torch.no_grad():
+            for kept in self.masks:
+                try:
+                    for name, where in kept.items():
+                        self._write(name, where, q[name] if isinstance(q, Mapping) else q)
+                    values.append(self.score(self.model))
+                finally:
+                    for name, where in kept.items():
+                        self._write(name, where, None)
+        return steady_mean(values)
+
+    def _write(self, name: str, where: Tensor, q: float | None) -> None:
+        """Write survivors divided by q, or the base's values over them."""
+        before = self.base[name].detach().reshape(-1)[where]
+        if q is not None:
+            # The pieces at the survivors, as tensors of their own: all of them are kept.
+            after = self.tuned[name].detach().reshape(-1)[where]
+            before = dare.rescaled(before, after, torch.ones_like(after, dtype=torch.bool), q)
+        p = self.params[name].detach()
+        where = where.to(p.device)
+        if p.is_contiguous():
+            p.view(-1)[where] = before.to(p)
+        else:
+            p.copy_(p.reshape(-1).index_copy(0, where, before.to(p)).view(p.shape))
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.params[name].copy_(value)
 
 
 def parameters_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -325,22 +299,6 @@ def parameters_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str,
                 "under the names of the model's state_dict()"
             )
     return {name: mine[name] for name in tensors}
-
-
-def _outputs_of(
-    model: nn.Module, data: Iterable[Any], read: Callable[[Any], Tensor]
-) -> tuple[list[Any], list[Tensor]]:
-    device = batches.device_of(model)
-    kept = [batches.to(batch, device) for batch in data]
-    if not kept:
-        raise UsageError("there is no data to compare outputs on: give at least one batch")
-    with undisturbed(model, mode=False), torch.no_grad():
-        return kept, [read(batches.forward(model, batch)).detach() for batch in kept]
-
-
-def _hidden(outputs: Any) -> Tensor:
-    found = getattr(outputs, "last_hidden_state", None)
-    return found if isinstance(found, Tensor) else batches.logits_of(outputs)
 
 
 def _scan(
