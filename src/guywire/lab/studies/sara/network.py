@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,11 @@ def unet(settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _drawings(settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the drawings by style and part; an emoji is in the same part in every style."""
+    """Return the drawings by style and part; an emoji is in the same part in every style.
+
+    Some emoji share a drawing: as lines, all flags look alike. What is measured on is therefore
+    without the drawings that occur in a part before it.
+    """
     stream = streams.load(
         streams.StreamConfig(
             data="renditions",
@@ -274,11 +278,31 @@ def _drawings(settings: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     )
     parts: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {task.name: [] for task in stream.tasks}
     for part in ("train", "valid", "test"):
-        by_style = {task.name: getattr(task, part).inputs for task in stream.tasks}
+        by_style = {}
+        for task in stream.tasks:
+            images = getattr(task, part).inputs
+            by_style[task.name] = unseen(images, seen[task.name])
+            seen[task.name].append(images)
         parts[f"target {part}"] = by_style.pop(TARGET)
         parts[f"source {part}"] = torch.cat(list(by_style.values()))
     return parts
+
+
+def unseen(images: Tensor, before: Sequence[Tensor]) -> Tensor:
+    """Return the images that are not among others.
+
+    Args:
+        images: ``uint8 [N, ...]``.
+        before: the others, in parts.
+
+    Returns:
+        Those of ``images`` that are in none of them, in their order.
+    """
+    known = {image.numpy().tobytes() for part in before for image in part}
+    new = [image.numpy().tobytes() not in known for image in images]
+    return images[torch.tensor(new, dtype=torch.bool)]
 
 
 @lru_cache(maxsize=1)

@@ -73,6 +73,8 @@ NOTES = (
     "for the smallest weights.",
     "Largest and random weights have the nuclear norm's term, too, but no second choice, since few of "
     "them are below the threshold.",
+    "Drawings that equal one of the training's, as the flags do where only lines are left, are not among "
+    "those that are measured on.",
     "LoRA is in attention and in the time embeddings' projections, of the rank that comes nearest to as "
     "many numbers.",
     "There is no FID: with a few hundred drawings at 16 x 16 pixels it would say little, and the usual "
