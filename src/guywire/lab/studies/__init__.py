@@ -19,6 +19,7 @@ __all__ = ["STUDIES", "load", "module_of"]
 
 STUDIES: dict[str, str] = {
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
+    "i-lora": "guywire.lab.studies.i_lora",
     "pego": "guywire.lab.studies.pego",
     "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
     "sara": "guywire.lab.studies.sara",
