@@ -19,8 +19,10 @@ __all__ = ["STUDIES", "load", "module_of"]
 
 STUDIES: dict[str, str] = {
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
+    "half-fine-tuning": "guywire.lab.studies.half_fine_tuning",
     "i-lora": "guywire.lab.studies.i_lora",
     "pego": "guywire.lab.studies.pego",
+    "pela": "guywire.lab.studies.pela",
     "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
     "sara": "guywire.lab.studies.sara",
     "stability-gap": "guywire.lab.studies.stability_gap",
