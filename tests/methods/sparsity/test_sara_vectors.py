@@ -212,9 +212,10 @@ def test_drawn_matrix_follows_from_the_step_and_the_seed():
         with gw.attach(model, optimizer, sara) as wires:
             for _ in range(40):
                 optimizer.zero_grad()
+                value = float(wires.penalty())
                 optimizer.step()
                 (one,) = [i for i, v in enumerate(vectors) if v.grad is not None]
-                steps.append((one, float(vectors[one].grad.norm()), float(wires.penalty())))
+                steps.append((one, float(vectors[one].grad.norm()), value))
         return steps
 
     one, again, other = (pulled(seed, "one") for seed in (1, 1, 2))
@@ -232,6 +233,20 @@ def test_drawn_matrix_follows_from_the_step_and_the_seed():
     with gw.attach(model, torch.optim.SGD(vectors, lr=0.0), sara) as wires:
         total = float(wires.penalty())
     assert sum({s[0]: s[2] for s in one}.values()) == pytest.approx(total)
+
+
+def test_a_closure_sees_value_and_pull_of_one_matrix():
+    model = Tied()
+    sara, vectors = prepared(model, rank_above=4, strength=1.0, share=0.9)
+    optimizer = torch.optim.SGD(vectors, lr=0.0)
+    with gw.attach(model, optimizer, sara) as wires:
+        for _ in range(5):
+            optimizer.zero_grad()
+            wanted = float(wires.penalty())
+            assert float(optimizer.step(lambda: torch.zeros(()))) == pytest.approx(wanted)
+            (pulled,) = [v for v in vectors if v.grad is not None]
+            # A norm is the inner product of its argument with its subgradient.
+            assert float((pulled.grad * pulled.detach()).sum()) == pytest.approx(wanted)
 
 
 def test_half_precision_weights_have_vectors_in_full():

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import selection
+from guywire.core.attach import Wires
 from guywire.core.errors import AttachError, SelectionError, UsageError
 from guywire.core.regularizer import Regularizer, Step, Strength, strength_at
 from guywire.core.selection import Selection
@@ -124,9 +125,9 @@ class SaRA(Regularizer):
         self.rank_above = rank_above
         self.seed = seed
         self.reselected_ = False
+        self._wires: Wires | None = None  # set by attach
         self._vectors: Vectors | None = None
         self._names: list[str] = []
-        self._number = 0
 
     def prepare(
         self, model: nn.Module, masks: Mapping[str, Tensor] | None = None
@@ -190,8 +191,8 @@ class SaRA(Regularizer):
         vectors = _vectors.of(model)
         if self.reselect_at is not None:
             self._threshold(vectors)
-            wrapped = getattr(getattr(self, "_wires", None), "model", model)
-            if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wires = self._wires
+            if wires is not None and isinstance(wires.model, nn.parallel.DistributedDataParallel):
                 raise AttachError(
                     f"reselect_at={self.reselect_at} makes the vectors shorter, and DDP has buffers "
                     "of their first lengths: train in two stages, wrapping anew for the second"
@@ -205,7 +206,6 @@ class SaRA(Regularizer):
         Args:
             step: the step that is about to happen.
         """
-        self._number = step.number
         strength = strength_at(self.strength, step.number)
         if strength == 0.0 or step.skipped:
             return
@@ -260,20 +260,21 @@ class SaRA(Regularizer):
         self.reselected_ = True
 
     def penalty(self) -> Tensor | None:
-        """Return what the present step's nuclear norms add to the loss.
+        """Return what the nuclear norms add to the loss of the step that comes next.
 
         Returns:
-            A 0-d tensor: for ``rank_of="one"`` of the matrix drawn at the last step; ``None`` if no
+            A 0-d tensor: for ``rank_of="one"`` of the matrix that this step draws; ``None`` if no
             matrix is large enough.
         """
         matrices = self._matrices()
         if not matrices:
             return None
-        drawn = self._drawn(matrices, self._number)
+        number = self._wires.steps if self._wires is not None else 0
+        drawn = self._drawn(matrices, number)
         values = [nuclear_norm(self._chosen(name))[0] for name in drawn]
         total = torch.stack([v.to(values[0]) for v in values]).sum()
         scale = len(matrices) if self.rank_of == "sum" else 1
-        return strength_at(self.strength, self._number) * scale * total
+        return strength_at(self.strength, number) * scale * total
 
     def teardown(self) -> None:
         """Let go of the model, which stays prepared."""
