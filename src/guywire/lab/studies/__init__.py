@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["STUDIES", "load", "module_of"]
 
 STUDIES: dict[str, str] = {
+    "darex": "guywire.lab.studies.darex",
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
     "half-fine-tuning": "guywire.lab.studies.half_fine_tuning",
     "i-lora": "guywire.lab.studies.i_lora",

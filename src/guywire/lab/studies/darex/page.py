@@ -1,0 +1,108 @@
+"""What the study shows: checks, plots and notes. No number depends on them."""
+
+from __future__ import annotations
+
+from guywire.lab.studies.darex.claims import RATE
+from guywire.lab.studies.darex.pruning import METHODS
+from guywire.lab.studies.statistics import Table
+from guywire.lab.studies.study import Check, Plot
+
+__all__ = ["CHECKS", "NOTES", "PLOTS"]
+
+
+def _fractions(table: Table) -> bool:
+    found = [row["value"] for row in table.rows if row["metric"].startswith("accuracy")]
+    return bool(found) and all(0.0 <= value <= 1.0 for value in found)
+
+
+def _learnt(table: Table) -> bool:
+    return all(
+        value > 0.3
+        for part in ("garments", "verses")
+        for value in table.values(f"{part}: unpruned", "accuracy").values()
+    )
+
+
+def _factors(table: Table) -> bool:
+    """DARE divides by 1 - rate, dropping only by 1, and every search stays between."""
+    for row in table.rows:
+        if not row["metric"].startswith("q at "):
+            continue
+        low = 1.0 - float(row["metric"].removeprefix("q at "))
+        method = row["condition"].split(": ")[1]
+        if method == "DARE" and abs(row["value"] - low) > 1e-9:
+            return False
+        if method in ("drop only", "MP", "WANDA") and row["value"] != 1.0:
+            return False
+        if not low - 1e-9 <= row["value"] <= 1.0 + 1e-9:
+            return False
+    return True
+
+
+_PLAIN = tuple(f"garments: {method}" for method in METHODS)
+_OTHERS = (
+    "garments, AdamR-L2: unpruned",
+    "garments, AdamR-L2: DARE",
+    "garments, AdamR-L1: MP",
+    "garments, LoRA: DARE",
+    "garments, LoRA: 1/q_v",
+    "garments, LoRA: MP",
+)
+
+CHECKS = (
+    Check("accuracies are fractions", _fractions),
+    Check("fine-tuning learns both tasks", _learnt),
+    Check("q is 1 - rate for DARE, 1 without rescaling, and between for what is chosen", _factors),
+)
+
+PLOTS = (
+    Plot(
+        f"Garments, {RATE:.0%} of the change dropped",
+        "bars",
+        f"accuracy at {RATE}",
+        "test accuracy",
+        conditions=(*_PLAIN, *_OTHERS[1:]),
+        caption="DARE against the choices of q, pruning by importance, and what AdamR prepares.",
+    ),
+    Plot(
+        "Accuracy over rates, garments",
+        "curves",
+        "accuracy",
+        "test accuracy",
+        against="share of the change that is dropped",
+        conditions=_PLAIN,
+        caption="All are alike where little is dropped; they part towards 1.",
+    ),
+    Plot(
+        "A large change, garments",
+        "curves",
+        "accuracy",
+        "test accuracy",
+        against="share of the change that is dropped",
+        conditions=tuple(f"garments, large: {m}" for m in ("DARE", "1/q_e", "MP", "WANDA")),
+        caption="Fine-tuned at ten times the learning rate.",
+    ),
+    Plot(
+        f"Verses, {RATE:.0%} of the change dropped",
+        "bars",
+        f"accuracy at {RATE}",
+        "test accuracy over 5 genres",
+        conditions=tuple(f"verses: {method}" for method in METHODS),
+        caption="A pretrained sentence encoder, fine-tuned on kinds of books of the Bible; one seed.",
+    ),
+)
+
+NOTES = (
+    "Searches see masks of their own, and 500 validation images or 50 verses; what is measured are "
+    "other masks. "
+    "Each accuracy is the mean over four masks (verses: three), 'spread' its deviation over them.",
+    "Smaller than the sheet's plan, to stay within minutes: hidden layers of 512 instead of 1024, "
+    "20,000 images a training set, 5,000 test images; verses of at most 16 tokens, one seed.",
+    "The learning rate is the one with the best validation accuracy unpruned; AdamR's strength the "
+    "one with the best validation accuracy after pruning at the largest rate, among those that lose "
+    "no more than 1 point unpruned. Both are chosen on a seed of their own.",
+    "WANDA keeps tensors without inputs of their own (biases, embeddings, norms) by magnitude. The "
+    "head is never pruned.",
+    "A layer's q* comes from inputs on the validation data; eta is searched without labels, up to "
+    "where half of the rows have q of 1 or more.",
+)
