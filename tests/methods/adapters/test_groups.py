@@ -13,7 +13,7 @@ import guywire as gw
 from guywire.core.errors import SelectionError, UsageError
 from guywire.methods.adapters._lora import sites
 
-TARGETS = ["q_proj", "v_proj"]
+TARGETS = ("q_proj", "v_proj")
 KINDS = {"injected": {"wrap": False}, "wrapped": {"wrap": True}}
 
 
@@ -76,7 +76,7 @@ def test_check_1_a_group_begins_as_the_pretrained_model_bit_for_bit(kind, n):
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_1_one_module_is_a_standard_lora(kind):
     model = gw.lora_group(net(), 1, 3, target_modules=TARGETS, **KINDS[kind])
-    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS)
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=list(TARGETS))
     wanted = peft.get_peft_model(net(), config)
     with torch.no_grad():
         for mine, theirs in zip(sites(model), sites(wanted), strict=True):
@@ -153,7 +153,7 @@ def test_the_seed_decides_and_the_global_state_is_left_alone():
 
 
 def test_a_peft_model_gets_the_group_beside_its_own_adapter():
-    model = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=TARGETS))
+    model = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=list(TARGETS)))
     stir(model)
     plain = net()
     grouped = gw.lora_group(model, 2, 2, target_modules=TARGETS)

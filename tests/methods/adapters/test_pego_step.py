@@ -224,6 +224,14 @@ def test_a_model_without_such_adapters_and_one_with_packed_weights_are_refused()
         gw.attach(model, optimizer, gw.PEGO())
 
 
+def test_an_adapter_whose_update_is_no_product_of_its_factors_is_refused():
+    config = peft.LoraConfig(r=2, target_modules=["q"], use_dora=True)
+    model = peft.get_peft_model(tower(), config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(SelectionError, match="variant of LoRA"):
+        gw.attach(model, optimizer, gw.PEGO())
+
+
 def test_before_attach_there_is_no_penalty_and_a_copy_keeps_the_options():
     pego = gw.PEGO(0.5, side="output")
     assert pego.penalty() is None

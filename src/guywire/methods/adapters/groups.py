@@ -79,8 +79,9 @@ def lora_group(
         )
 
     def config() -> Any:
+        where = target_modules if isinstance(target_modules, str) else list(target_modules)
         return peft.LoraConfig(
-            r=r, lora_alpha=r, lora_dropout=0.0, bias="none", target_modules=target_modules
+            r=r, lora_alpha=r, lora_dropout=0.0, bias="none", target_modules=where
         )
 
     # PEFT warns of several adapters, which are meant, and of transposed layers, which it handles.

@@ -213,6 +213,11 @@ class PEGO(Regularizer):
                     f"{tuple(site.base.shape)}, not as a plain matrix {shape}: PEGO multiplies with "
                     "it, so load the model without quantisation"
                 )
+            if site.adapter in getattr(site.layer, "lora_variant", {}):
+                raise SelectionError(
+                    f"the adapter {site.adapter!r} of {site.name!r} is a variant of LoRA (DoRA, say) "
+                    "whose update is not B A: make the adapters with lora_group"
+                )
             groups.setdefault(id(site.layer), []).append(site)
         self._groups = list(groups.values())
 
