@@ -22,11 +22,12 @@ from guywire.lab.studies.rehearsal_free_cl import drawings as drawings_module
 from guywire.lab.studies.rehearsal_free_cl import garments as garments_module
 from guywire.lab.studies.rehearsal_free_cl import loop as loop_module
 from guywire.lab.studies.rehearsal_free_cl.arms import move_only, regularizers
-from guywire.lab.studies.rehearsal_free_cl.claims import CLAIMS, at_least, worst
+from guywire.lab.studies.rehearsal_free_cl.claims import CLAIMS
 from guywire.lab.studies.rehearsal_free_cl.loop import Recipe, learn, linear_cka
 from guywire.lab.studies.runner import run_study
 from guywire.lab.studies.statistics import Interval, Table
 from guywire.lab.studies.study import Work
+from guywire.lab.studies.verdict import at_least, worst
 
 STUDY = load("rehearsal-free-cl")
 WITHOUT_DATA = "GUYWIRE_DATA" not in os.environ

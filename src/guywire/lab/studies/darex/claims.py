@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from guywire.lab.studies.rehearsal_free_cl.claims import at_least, points, worst
 from guywire.lab.studies.stability_gap.claims import by_seed
 from guywire.lab.studies.statistics import Interval, Table
 from guywire.lab.studies.study import Claim
-from guywire.lab.studies.verdict import Judgement, exceeds
+from guywire.lab.studies.verdict import Judgement, at_least, exceeds, points, worst
 
 __all__ = ["CLAIMS", "RATE"]
 

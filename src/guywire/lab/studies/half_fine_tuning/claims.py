@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from guywire.lab.studies.rehearsal_free_cl.claims import at_least, points, worst
 from guywire.lab.studies.statistics import Interval, Table, bootstrap
 from guywire.lab.studies.study import Check, Claim, Plot
-from guywire.lab.studies.verdict import Judgement, exceeds
+from guywire.lab.studies.verdict import Judgement, at_least, exceeds, points, worst
 
 __all__ = ["CHECKS", "CLAIMS", "NOTES", "PLOTS", "way_at_equal_loss"]
 

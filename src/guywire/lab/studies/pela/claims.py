@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from guywire.lab.studies.rehearsal_free_cl.claims import at_least, points, worst
 from guywire.lab.studies.statistics import Table, bootstrap
 from guywire.lab.studies.study import Check, Claim, Plot
-from guywire.lab.studies.verdict import Judgement, Verdict, exceeds
+from guywire.lab.studies.verdict import Judgement, Verdict, at_least, exceeds, points, worst
 
 __all__ = ["CHECKS", "CLAIMS", "NOTES", "PLOTS"]
 

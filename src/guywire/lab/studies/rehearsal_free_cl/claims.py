@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from guywire.lab.studies.statistics import Interval, Table
 from guywire.lab.studies.study import Claim
-from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds
+from guywire.lab.studies.verdict import (
+    FEWEST_SEEDS,
+    Judgement,
+    Verdict,
+    at_least,
+    exceeds,
+    points,
+    worst,
+)
 
-__all__ = ["CLAIMS", "at_least"]
+__all__ = ["CLAIMS"]
 
 _GAIN = 0.03
 _TIE = 0.005
 _ALONE = 0.25
 _DISTILLED = 0.05
-
-
-def at_least(effect: Interval, slack: float = _TIE) -> Verdict:
-    """Judge whether one thing is at least as good as another, up to a slack.
-
-    Args:
-        effect: the paired difference, positive where the claim is right.
-        slack: how much worse still counts as a tie.
-
-    Returns:
-        *reproduced* if the mean lies above ``-slack``; *not reproduced* if the whole interval lies
-        below it; else, and with fewer than three seeds, *inconclusive*.
-
-    Example:
-        >>> at_least(Interval(0.0, -0.01, 0.01, {0: -0.01, 1: 0.0, 2: 0.01}))
-        'reproduced'
-    """
-    if effect.n < FEWEST_SEEDS or effect.low is None or effect.high is None:
-        return "inconclusive"
-    if effect.high < -slack:
-        return "not reproduced"
-    return "reproduced" if effect.mean >= -slack else "inconclusive"
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict of a claim with several parts, all of which must hold.
-
-    Args:
-        verdicts: of the parts.
-
-    Returns:
-        The least favourable one.
-
-    Example:
-        >>> worst(["reproduced", "inconclusive"])
-        'inconclusive'
-    """
-    order: tuple[Verdict, ...] = ("not reproduced", "inconclusive", "reproduced")
-    return min(verdicts, key=order.index)
-
-
-def points(effect: Interval) -> str:
-    """Return a difference of accuracies in percentage points, with its interval.
-
-    Args:
-        effect: the difference.
-
-    Returns:
-        For instance ``+3.1 [2.0, 4.0] points``.
-    """
-    if effect.low is None or effect.high is None:
-        return f"{100 * effect.mean:+.1f} points"
-    return f"{100 * effect.mean:+.1f} [{100 * effect.low:.1f}, {100 * effect.high:.1f}] points"
 
 
 def _a_gain(table: Table) -> Judgement:
