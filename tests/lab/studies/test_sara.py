@@ -13,10 +13,11 @@ from guywire.lab.studies.runner import resolve
 from guywire.lab.studies.sara import arms as arms_module
 from guywire.lab.studies.sara import network
 from guywire.lab.studies.sara.arms import ARMS, fine_tune
-from guywire.lab.studies.sara.claims import CLAIMS, harmony, worst
+from guywire.lab.studies.sara.claims import CLAIMS, harmony
 from guywire.lab.studies.sara.page import CHECKS
 from guywire.lab.studies.statistics import Table
 from guywire.lab.studies.study import Work
+from guywire.lab.studies.verdict import worst
 
 pytest.importorskip("diffusers")
 

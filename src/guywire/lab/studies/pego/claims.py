@@ -5,7 +5,7 @@ from __future__ import annotations
 from guywire.lab.studies.pego.data import STYLES
 from guywire.lab.studies.statistics import Interval, Table, bootstrap
 from guywire.lab.studies.study import Claim
-from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds
+from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds, points
 
 __all__ = ["CLAIMS"]
 
@@ -14,20 +14,6 @@ _KEPT = 0.02
 _TIMES = 10.0
 _WITHIN = 0.01
 _MOST_BELOW = 1 / 3
-
-
-def points(effect: Interval) -> str:
-    """Return a difference of accuracies in percentage points, with its interval.
-
-    Args:
-        effect: the difference.
-
-    Returns:
-        For instance ``+3.1 [2.0, 4.0] points``.
-    """
-    if effect.low is None or effect.high is None:
-        return f"{100 * effect.mean:+.1f} points"
-    return f"{100 * effect.mean:+.1f} [{100 * effect.low:.1f}, {100 * effect.high:.1f}] points"
 
 
 def _full(table: Table) -> Judgement:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import guywire as gw
 from guywire.lab.studies.sara.arms import ARMS
 from guywire.lab.studies.statistics import Interval, Table, bootstrap
 from guywire.lab.studies.study import Claim
-from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds
+from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds, worst
 
-__all__ = ["CLAIMS", "harmony", "worst"]
+__all__ = ["CLAIMS", "harmony"]
 
 _HARMLESS = 0.01
 _TIMES = 3.0
@@ -18,23 +16,6 @@ _FALL = 0.20
 _RATIO = 0.8
 _HALF = 0.5
 _PLACES = 2
-
-
-def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict of a claim with several parts, all of which must hold.
-
-    Args:
-        verdicts: of the parts.
-
-    Returns:
-        The least favourable one.
-
-    Example:
-        >>> worst(["reproduced", "inconclusive"])
-        'inconclusive'
-    """
-    order: tuple[Verdict, ...] = ("not reproduced", "inconclusive", "reproduced")
-    return min(verdicts, key=order.index)
 
 
 def harmony(table: Table) -> dict[str, Interval]:
