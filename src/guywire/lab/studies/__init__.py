@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["STUDIES", "load", "module_of"]
 
 STUDIES: dict[str, str] = {
+    "alignguard-lora": "guywire.lab.studies.alignguard_lora",
     "darex": "guywire.lab.studies.darex",
     "fisher-sequential-transfer": "guywire.lab.studies.fisher_sequential_transfer",
     "half-fine-tuning": "guywire.lab.studies.half_fine_tuning",
     "i-lora": "guywire.lab.studies.i_lora",
+    "mask-tuning": "guywire.lab.studies.mask_tuning",
     "pego": "guywire.lab.studies.pego",
     "pela": "guywire.lab.studies.pela",
     "rehearsal-free-cl": "guywire.lab.studies.rehearsal_free_cl",
