@@ -1,4 +1,4 @@
-"""The commands: ``guywire compare``, ``methods``, ``report``, ``runs``, ``study``.
+"""The commands: ``guywire compare``, ``methods``, ``probe``, ``report``, ``runs``, ``study``.
 
 One file a command, each with a function ``register(app)``. A new command is a new file and its name
 in ``guywire.cli.app.COMMANDS``.

@@ -16,7 +16,7 @@ from guywire.core.errors import GuywireError, UsageError
 
 __all__ = ["COMMANDS", "make_app", "run"]
 
-COMMANDS = ("compare", "merge", "methods", "report", "runs", "study")
+COMMANDS = ("compare", "merge", "methods", "probe", "report", "runs", "study")
 """Files in this folder, each with ``register(app)``; the order is that of ``--help``."""
 
 _EPILOG = (

@@ -35,7 +35,7 @@ from guywire.core.selection import unwrap
 from guywire.core.tensors import Tensors
 from guywire.diagnostics import _evaluation
 
-__all__ = ["Connectivity", "connectivity", "interpolate"]
+__all__ = ["Connectivity", "connectivity", "interpolate", "moving_statistics"]
 
 ALL = "all"
 """The mean over the sets, each counting the same."""
@@ -245,6 +245,28 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], position
     return out
 
 
+def moving_statistics(
+    model: nn.Module, start: Mapping[str, Tensor], end: Mapping[str, Tensor]
+) -> str | None:
+    """Return the first BatchNorm layer whose running statistics differ between two sets of weights.
+
+    Args:
+        model: into which both fit.
+        start: names to tensors.
+        end: the same names.
+
+    Returns:
+        The layer's name, or ``None``.
+    """
+    for norm in _norms(model):
+        for name in _buffers_of(norm)[:2]:
+            if name in start and name in end:
+                one, two = start[name], end[name].to(start[name].device)
+                if one.shape != two.shape or not torch.equal(one, two):
+                    return norm
+    return None
+
+
 def _along(
     model: nn.Module,
     start: Mapping[str, Tensor],
@@ -267,7 +289,7 @@ def _along(
                 "weights: they belong to different models"
             )
     norms = _norms(model)
-    if statistics is None and (differing := _moved(norms, start, end)):
+    if statistics is None and (differing := moving_statistics(model, start, end)):
         raise UsageError(
             f"the two ends differ in the running statistics of {differing!r}, and statistics in "
             "between belong to no weights: give statistics=, batches to compute them anew"
@@ -371,16 +393,6 @@ def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 def _buffers_of(name: str) -> list[str]:
     prefix = f"{name}." if name else ""
     return [f"{prefix}{b}" for b in ("running_mean", "running_var", "num_batches_tracked")]
-
-
-def _moved(
-    norms: Iterable[str], start: Mapping[str, Tensor], end: Mapping[str, Tensor]
-) -> str | None:
-    for norm in norms:
-        for name in _buffers_of(norm)[:2]:
-            if name in start and not torch.equal(start[name], end[name].to(start[name].device)):
-                return norm
-    return None
 
 
 def _write(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
