@@ -47,7 +47,7 @@ def learn_q(
     lr: float = 1e-2,
     steps: int = 200,
     top: int = 5,
-    select: str | Iterable[str] | None = ("*mlp*", "*self_attn*", "*attn*"),
+    select: str | Iterable[str] | None = ("*mlp*", "*attn*"),
     exclude: str | Iterable[str] = (),
 ) -> dict[str, float]:
     """Return a q for every pruned tensor, learnt on one mask.
