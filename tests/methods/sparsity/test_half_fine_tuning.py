@@ -12,52 +12,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import guywire as gw
-from guywire.core import checkpoint
 from guywire.core.errors import AttachError, CheckpointError, UsageError
-from guywire.testing import run_processes
 
 _spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny_models = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(tiny_models)
 tiny = tiny_models.tiny
-
-
-def batch_of(kind, seed, rows=4):
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "vit":
-        return {
-            "pixel_values": torch.randn(rows, 3, 8, 8, generator=generator),
-            "labels": torch.randint(3, (rows,), generator=generator),
-        }
-    ids = torch.randint(3, 50, (rows, 8), generator=generator)
-    labels = torch.randint(3, (rows,), generator=generator) if kind == "bert" else ids
-    return {"input_ids": ids, "labels": labels}
-
-
-def train(model, optimizer, kind="llama", steps=4, clip=1.0, first=0, norms=None):
-    model.train()
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        model(**batch_of(kind, step)).loss.backward()
-        if clip is not None:
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-            if norms is not None:
-                norms.append(float(norm))
-        optimizer.step()
-
-
-def copies(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def frozen_rows(model, frozen):
-    """Yield each frozen tensor or block of the model's parameters now."""
-    from guywire.methods.sparsity._pieces import parse
-
-    params = dict(model.named_parameters())
-    for name in frozen:
-        whole, index = parse(name)
-        yield name, params[whole].detach() if index is None else params[whole].detach()[index]
+batch_of, train, copies = tiny_models.batch_of, tiny_models.train, tiny_models.copies
+frozen_rows = tiny_models.frozen_rows
 
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -252,47 +214,6 @@ def test_check_6_the_constrained_optimum_of_a_quadratic():
     assert errors[0] == pytest.approx(errors[2], rel=0.2)
 
 
-def test_check_8_rounds_in_a_loop_and_after_resume(tmp_path):
-    def run(interrupt):
-        model = tiny("gpt2")
-        hft = gw.HalfFineTuning(seed=5)
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        wires = gw.attach(model, optimizer, hft)
-        halves = [list(hft.frozen_)]
-        train(model, optimizer, "gpt2", steps=2)
-        wires.consolidate()
-        halves.append(list(hft.frozen_))
-        train(model, optimizer, "gpt2", steps=2, first=2)
-        if interrupt:
-            checkpoint.save(
-                tmp_path / "state",
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "wires": wires.state_dict(),
-                },
-            )
-            saved = checkpoint.load(tmp_path / "state")
-            model = tiny("gpt2", seed=9)
-            model.load_state_dict(saved["model"])
-            hft = gw.HalfFineTuning(seed=5)
-            optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-            optimizer.load_state_dict(saved["optimizer"])
-            wires = gw.attach(model, optimizer, hft)
-            wires.load_state_dict(saved["wires"])
-            assert hft.frozen_ == halves[-1]
-        train(model, optimizer, "gpt2", steps=2, first=4)
-        wires.consolidate()
-        halves.append(list(hft.frozen_))
-        train(model, optimizer, "gpt2", steps=2, first=6)
-        return halves, copies(model)
-
-    (halves, end), (again, other) = run(False), run(True)
-    assert len({tuple(h) for h in halves}) == 3
-    assert halves == again
-    assert all(torch.equal(end[n], other[n]) for n in end)
-
-
 def test_check_9_flops_fall_from_six_to_five_units():
     model = tiny("llama", layers=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -316,27 +237,6 @@ def test_check_9_flops_fall_from_six_to_five_units():
     with gw.attach(model, optimizer, gw.HalfFineTuning()):
         half = matmuls()
     assert half - 6 * tokens * head == 5 * tokens * inside
-
-
-def test_a_new_round_without_a_new_optimiser_and_the_old_state():
-    model = tiny("llama")
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    hft = gw.HalfFineTuning()
-    wires = gw.attach(model, optimizer, hft)
-    train(model, optimizer)
-    first = set(hft.frozen_)
-    wires.consolidate()
-    second = set(hft.frozen_)
-    assert first - second
-    assert second - first
-    before = copies(model)
-    train(model, optimizer, first=4)
-    now = dict(model.named_parameters())
-    assert all(torch.equal(now[n], before[n]) for n in second)
-    assert all(not torch.equal(now[n], before[n]) for n in first - second)
-    wires.detach()
-    assert all(p.requires_grad for p in model.parameters())
-    assert (hft.round_, set(hft.frozen_)) == (1, second)
 
 
 def test_the_model_is_left_alone_but_for_its_flags():
@@ -368,61 +268,6 @@ def test_what_was_frozen_before_stays_frozen():
         assert not any(p.requires_grad for p in model.model.layers[0].parameters())
     assert not any(p.requires_grad for p in model.model.layers[0].parameters())
     assert all(p.requires_grad for p in model.model.layers[1].parameters())
-
-
-def test_epochs():
-    model = tiny("llama")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for reselect, halves in (("round", 1), ("epoch", 3)):
-        hft = gw.HalfFineTuning(reselect=reselect)
-        seen = set()
-        with gw.attach(model, optimizer, hft) as wires:
-            for epoch in range(3):
-                hft.start_epoch(epoch)
-                hft.start_epoch(epoch)
-                seen.add(tuple(hft.frozen_))
-            assert len(seen) == halves
-            wires.consolidate()
-            assert tuple(hft.frozen_) not in seen
-            assert hft.epoch_ == 0
-        assert hft.state_dict()["round"] == 1
-
-
-def test_a_head_that_grows_between_tasks_is_free():
-    from guywire.lab.models.classifier import Classifier
-    from guywire.lab.models.huggingface import Encoder
-
-    model = Classifier(Encoder(tiny("vit").vit, "image", 16), 16)
-    generator = torch.Generator().manual_seed(0)
-    hft = gw.HalfFineTuning()
-    model.grow(2, generator)
-    for task in range(2):
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        with gw.attach(model, optimizer, hft) as wires:
-            assert all(p.requires_grad for p in model.head.parameters())
-            model(batch_of("vit", task)["pixel_values"]).square().mean().backward()
-            optimizer.step()
-            wires.consolidate()
-        model.grow(2, generator)
-    assert hft.round_ == 2
-
-
-@pytest.mark.parametrize("anchor", ["previous", "zero"])
-def test_beside_a_penalty_only_free_parameters_are_pulled(anchor):
-    model = tiny("bert")
-    hft = gw.HalfFineTuning()
-    held = [hft, gw.L2(1.0, anchor=anchor)]
-    for task in range(2):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with gw.attach(model, optimizer, held) as wires:
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(1.0)
-            before = copies(model)
-            optimizer.step()  # no loss: only the pull acts
-            for name, p in model.named_parameters():
-                assert torch.equal(p, before[name]) == (name in hft.frozen_), (task, name)
-            wires.consolidate()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -463,96 +308,6 @@ def test_errors():
         pytest.raises(CheckpointError, match="lacks"),
     ):
         w.load_state_dict(state)
-
-
-def wrapped_afterwards(rank, parts=1):
-    model = tiny("llama").double()
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    hft = gw.HalfFineTuning(seed=4)
-    wires = gw.attach(model, optimizer, hft)
-    for task in range(2):
-        # Wrapped after the half is drawn: no gradient of the frozen half is waited for.
-        outer = model if parts == 1 else nn.parallel.DistributedDataParallel(model)
-        for step in range(2):
-            optimizer.zero_grad()
-            ids = batch_of("llama", 10 * task + step)["input_ids"][rank::parts]
-            outer(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-        wires.consolidate()
-    return copies(model)
-
-
-@pytest.mark.multiprocess
-def test_two_processes_wrapped_after_attach_equal_one():
-    one, two = run_processes(wrapped_afterwards, 2, parts=2)
-    alone = wrapped_afterwards(0)
-    for name, value in alone.items():
-        assert torch.equal(one[name], two[name])
-        torch.testing.assert_close(one[name], value, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:accelerate")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
-@pytest.mark.parametrize("reselect", ["round", "epoch"])
-def test_in_the_trainer_as_in_a_plain_loop(tmp_path, reselect):
-    import transformers
-
-    from guywire.integrations.transformers import GuywireCallback
-
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, i):
-            return {k: v[0] for k, v in batch_of("llama", i, rows=1).items()}
-
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *args, **kwargs):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    trained, plain = tiny("llama"), tiny("llama")
-    hft = gw.HalfFineTuning(seed=6, reselect=reselect)
-    seen = []
-
-    class Look(transformers.TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            seen.append(tuple(hft.frozen_))
-
-    callback = GuywireCallback(hft)
-    options = transformers.TrainingArguments(
-        output_dir=str(tmp_path), num_train_epochs=2, learning_rate=0.01, weight_decay=0.1,
-        per_device_train_batch_size=4, lr_scheduler_type="constant", max_grad_norm=0.0,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, optim="adamw_torch",
-        logging_strategy="no", dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = InOrder(trained, options, train_dataset=Rows(), callbacks=[callback, Look()])
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    assert len(set(seen)) == (1 if reselect == "round" else 2)
-    callback.consolidate()
-    assert hft.round_ == 1
-
-    own = gw.HalfFineTuning(seed=6, reselect=reselect)
-    decay = trainer.get_decay_parameter_names(plain)
-    groups = [
-        {
-            "params": [p for n, p in plain.named_parameters() if (n in decay) == on],
-            "weight_decay": w,
-        }
-        for on, w in ((True, 0.1), (False, 0.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=0.01)
-    with gw.attach(plain, optimizer, own):
-        for epoch in range(2):
-            own.start_epoch(epoch)
-            for start in (0, 4):
-                ids = torch.stack([Rows()[i]["input_ids"] for i in range(start, start + 4)])
-                optimizer.zero_grad()
-                plain(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-    for (name, a), b in zip(trained.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_deep_copies_of_a_held_model_can_be_made():

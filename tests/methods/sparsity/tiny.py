@@ -79,3 +79,41 @@ def tiny(kind: str, layers: int = 2, seed: int = 0) -> nn.Module:
                 )
             )  # fmt: skip
     raise KeyError(kind)
+
+
+def batch_of(kind, seed, rows=4):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        return {
+            "pixel_values": torch.randn(rows, 3, 8, 8, generator=generator),
+            "labels": torch.randint(3, (rows,), generator=generator),
+        }
+    ids = torch.randint(3, 50, (rows, 8), generator=generator)
+    labels = torch.randint(3, (rows,), generator=generator) if kind == "bert" else ids
+    return {"input_ids": ids, "labels": labels}
+
+
+def train(model, optimizer, kind="llama", steps=4, clip=1.0, first=0, norms=None):
+    model.train()
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        model(**batch_of(kind, step)).loss.backward()
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            if norms is not None:
+                norms.append(float(norm))
+        optimizer.step()
+
+
+def copies(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def frozen_rows(model, frozen):
+    """Yield each frozen tensor or block of the model's parameters now."""
+    from guywire.methods.sparsity._pieces import parse
+
+    params = dict(model.named_parameters())
+    for name in frozen:
+        whole, index = parse(name)
+        yield name, params[whole].detach() if index is None else params[whole].detach()[index]
