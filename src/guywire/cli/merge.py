@@ -229,7 +229,7 @@ def _print(result: Any, seconds: float, delta_only: bool) -> None:
         log.print(f"{result.reused} weights were there from before", markup=False)
     counts, recipe = result.tensors, result.recipe
     parts = [f"{counts['pruned']} tensors pruned"]
-    parts += [f"{counts[key]} {key}" for key in ("merged", "kept") if counts[key]]
+    parts += [f"{counts[key]} {key}" for key in ("merged", "kept", "unchanged") if counts[key]]
     how = f"{recipe['method']} at {recipe['rate']:g}" if recipe["rate"] else recipe["method"]
     if "q" in recipe:
         q = recipe["q"]

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from guywire.core.checkpoint import write_bytes, write_json
-from guywire.core.errors import CheckpointError, UsageError
+from guywire.core.errors import CheckpointError, GuywireError, UsageError
 from guywire.methods.merging.files import DTYPES, Checkpoint
 from guywire.methods.merging.matching import Item, Plan
 
@@ -190,6 +190,22 @@ class Target:
             if replaces:
                 shutil.rmtree(old)
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Close files at the end; keep the work folder only where a resume makes sense.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except GuywireError as error:
+            if not isinstance(error.__cause__, OSError):
+                self.discard()  # the sources are wrong: there is nothing to go on with
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Close files; the work folder stays, for a resume."""
         if self._journal is not None:
@@ -349,7 +365,7 @@ def _checksum(data: np.ndarray) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Any:
+def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

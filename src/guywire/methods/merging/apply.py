@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guywire.core.errors import CheckpointError, UsageError
+from guywire.core.errors import CheckpointError
 from guywire.methods.merging._compressed import DELTA, Delta, crc_of, positions
 from guywire.methods.merging._output import (
     RECIPE,
@@ -66,21 +66,16 @@ def apply_delta(
             for e in (found.file, *pretrained.files)
         ]
         target.begin(request_of(delta=about, stats=stats), resume=resume)
-        try:
-            try:
-                size, reused = _write(target, restore, pool, say)
-            except UsageError:
-                target.discard()
-                raise
+        with target.working():
+            size, reused = _write(target, restore, pool, say)
             write_companions(target.work, _beside(folder), about["recipe"])
             target.finish()
-        finally:
-            target.close()
     rows = [row for rows in about["files"].values() for row in rows]
     counts = {
         "pruned": sum(row["pruned"] and bool(row["models"]) for row in rows),
         "merged": sum(not row["pruned"] and bool(row["models"]) for row in rows),
-        "kept": sum(not row["models"] for row in rows),
+        "kept": sum(row["base"] is None for row in rows),
+        "unchanged": sum(row["base"] is not None and not row["models"] for row in rows),
     }
     return MergeResult(Path(out), about["recipe"], counts, size, reused, ())
 

@@ -24,6 +24,7 @@ __all__ = ["calibration"]
 
 _TEXTS, _TOKENS, _BATCH = 50, 128, 10  # the paper's: 50 sequences of 128 tokens
 _ROWS = 512
+_TOKENISERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
 
 Calibration = Callable[[Checkpoint, Sequence[Tuned]], Sequence[Mapping[str, Inputs]]]
 
@@ -130,6 +131,9 @@ def _read_by(model: Tuned, base: Checkpoint, texts: list[str]) -> dict[str, Inpu
 
 def _tokenizer(transformers: Any, folders: list[Path]) -> Any:
     for folder in folders:
+        # For a folder without one transformers makes an empty tokenizer of the model's kind.
+        if not any((folder / name).is_file() for name in _TOKENISERS):
+            continue
         with suppress(OSError, ValueError):
             return transformers.AutoTokenizer.from_pretrained(folder)
     raise DataError(
@@ -141,6 +145,8 @@ def _tokenizer(transformers: Any, folders: list[Path]) -> Any:
 def _batches(network: Any, tokenizer: Any, texts: list[str]) -> Any:
     ids = [tokenizer(t, truncation=True, max_length=_TOKENS)["input_ids"] for t in texts]
     ids = [row for row in ids if row]
+    if not ids:
+        raise DataError("the tokenizer makes nothing of the calibration texts: give others")
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     for start in range(0, len(ids), _BATCH):
         some = ids[start : start + _BATCH]

@@ -49,7 +49,8 @@ class MergeResult:
     Attributes:
         out: the folder that was made.
         recipe: method, rate, seed and so on, as in the result's ``guywire-merge.json``.
-        tensors: how many were ``pruned``, ``merged`` without pruning, and ``kept`` (copied).
+        tensors: how many were ``pruned``, ``merged`` without pruning, ``kept`` as the fine-tuned
+            model has them, and ``unchanged``, for no model touches them.
         size: bytes of weights in the folder.
         reused: elements that an interrupted merge had written, and that were found sound.
         notes: what people should know, one sentence each.
@@ -159,22 +160,21 @@ def merge_checkpoints(
             _prepare(editor, made.items, pool, say)
             reused = 0
             target.begin(_request(recipe, editor, sources, made, delta_only), resume=resume)
-            try:
+            with target.working():
                 if delta_only:
                     size = write_delta(target, editor, made, recipe, pool, say)
                 else:
                     size, reused = _write(target, editor, made, pool, say)
                 write_companions(target.work, companions(made, pretrained), recipe)
                 target.finish()
-            finally:
-                target.close()
         finally:
             for model in models:
                 (model if isinstance(model, Checkpoint) else model.checkpoint).close()
     counts = {
         "pruned": sum(i.pruned and bool(i.parts) for i in made.items),
         "merged": sum(not i.pruned and bool(i.parts) for i in made.items),
-        "kept": sum(not i.parts for i in made.items),
+        "kept": sum(i.base is None for i in made.items),
+        "unchanged": sum(i.base is not None and not i.parts for i in made.items),
     }
     return MergeResult(out, recipe, counts, size, reused, tuple(made.notes))
 
