@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from guywire.lab.studies.statistics import Interval, Table, bootstrap
+from guywire.lab.studies.statistics import Table, bootstrap
 from guywire.lab.studies.study import Claim
-from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds
+from guywire.lab.studies.verdict import (
+    FEWEST_SEEDS,
+    Judgement,
+    Verdict,
+    at_least,
+    exceeds,
+    points,
+    worst,
+)
 
-__all__ = ["CLAIMS", "least", "within"]
+__all__ = ["CLAIMS"]
 
 _GAIN = 0.05
 _MOST_OFF = 0.10
@@ -17,59 +23,6 @@ _POINT = 0.01
 _SPARED = 0.7
 
 _FULL, _PLAIN = "R-AMT", "AMT"
-
-
-def within(effect: Interval, slack: float) -> Verdict:
-    """Judge whether one thing is at least as good as another, up to a slack.
-
-    Args:
-        effect: the paired difference, positive where the claim is right.
-        slack: how much worse still counts.
-
-    Returns:
-        *reproduced* if the mean lies at ``-slack`` or above; *not reproduced* if the whole interval
-        lies below; else, and with fewer than three seeds, *inconclusive*.
-
-    Example:
-        >>> within(Interval(-0.01, -0.02, 0.0, {0: -0.02, 1: -0.01, 2: 0.0}), 0.02)
-        'reproduced'
-    """
-    if effect.n < FEWEST_SEEDS or effect.low is None or effect.high is None:
-        return "inconclusive"
-    if effect.high < -slack:
-        return "not reproduced"
-    return "reproduced" if effect.mean >= -slack else "inconclusive"
-
-
-def least(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict of a claim whose parts must all hold.
-
-    Args:
-        verdicts: of the parts.
-
-    Returns:
-        The least favourable one.
-
-    Example:
-        >>> least(["reproduced", "inconclusive"])
-        'inconclusive'
-    """
-    order: tuple[Verdict, ...] = ("not reproduced", "inconclusive", "reproduced")
-    return min(verdicts, key=order.index)
-
-
-def points(effect: Interval) -> str:
-    """Return a difference of accuracies in percentage points, with its interval.
-
-    Args:
-        effect: the difference.
-
-    Returns:
-        For instance ``+3.1 [2.0, 4.0] points``.
-    """
-    if effect.low is None or effect.high is None:
-        return f"{100 * effect.mean:+.1f} points"
-    return f"{100 * effect.mean:+.1f} [{100 * effect.low:.1f}, {100 * effect.high:.1f}] points"
 
 
 def _few_off(table: Table, arm: str) -> Verdict:
@@ -83,7 +36,7 @@ def _gain(table: Table) -> Judgement:
     gain = table.difference(_FULL, "zero-shot", "base")
     off = table.mean(_FULL, "off")
     return Judgement(
-        least([exceeds(gain, _GAIN), _few_off(table, _FULL)]),
+        worst([exceeds(gain, _GAIN), _few_off(table, _FULL)]),
         f"Switching off {100 * off.mean:.1f} % of the attention's weights ends {points(gain)} from "
         "the untouched model on the base classes of the new style.",
     )
@@ -100,7 +53,7 @@ def _which(table: Table) -> Judgement:
 def _lora(table: Table) -> Judgement:
     gap = table.difference(_FULL, "LoRA", "base")
     return Judgement(
-        within(gap, _NEAR), f"On the base classes learnt masks end {points(gap)} from LoRA."
+        at_least(gap, _NEAR), f"On the base classes learnt masks end {points(gap)} from LoRA."
     )
 
 
@@ -108,7 +61,7 @@ def _new(table: Table) -> Judgement:
     new = table.difference(_FULL, _PLAIN, "new")
     base = table.difference(_FULL, _PLAIN, "base")
     return Judgement(
-        least([exceeds(new, _POINT), within(base, _POINT)]),
+        worst([exceeds(new, _POINT), at_least(base, _POINT)]),
         f"Gradient dropout changes the accuracy on new classes by {points(new)} and on base classes "
         f"by {points(base)}.",
     )
@@ -133,7 +86,7 @@ def _line(table: Table) -> Judgement:
     gain = table.difference("line: R-AMT", "line: zero-shot", "base")
     chance = table.difference("line: R-AMT", "random as line: R-AMT", "base")
     return Judgement(
-        least([exceeds(gain, _GAIN), exceeds(chance, _GAIN)]),
+        worst([exceeds(gain, _GAIN), exceeds(chance, _GAIN)]),
         f"On line drawings learnt masks end {points(gain)} from the untouched model and "
         f"{points(chance)} from random masks of equal sparsity.",
     )
