@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ("import_time", "penalty", "data", "fisher", "pego", "half_fine_tuning", "pela")
+NAMES = ("import_time", "penalty", "data", "fisher", "merge", "pego", "half_fine_tuning", "pela")
 PACKAGES = ("torch", "numpy", "guywire", "nngeometry", "backpack-for-pytorch")
 
 
