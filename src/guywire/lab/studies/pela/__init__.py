@@ -19,13 +19,13 @@ SETTINGS: dict[str, Any] = {
     "widen": 2,
     # Part A: garments.
     "a_batch": 128,
-    "a_steps": 250,
+    "a_steps": 240,
     "a_rate": 2e-3,
     "a_repair_steps": 40,
-    "a_test": 3000,
+    "a_test": 2000,
     "a_digits": 2000,
     "a_digit_steps": 50,
-    "a_rates": [1e-3, 3e-3, 1e-2],
+    "a_rates": [3e-4, 1e-3, 3e-3],
     "a_features": [0.1, 1.0, 10.0],
     # Part B: verses.
     "b_fit": 2000,

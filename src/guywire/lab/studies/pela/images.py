@@ -241,4 +241,10 @@ def _vit(generator: torch.Generator) -> Any:
         attention_probs_dropout_prob=0.0,
     )
     with seeded(generator):
-        return transformers.ViTForImageClassification(config)
+        model = transformers.ViTForImageClassification(config)
+        # The first values of transformers, 0.02, are for wide models. At this width what is learnt in
+        # a few hundred steps would be all there is, of a rank so low that nothing can be cut away.
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    return model
