@@ -46,6 +46,8 @@ class HalfFineTuning(Regularizer):
     Under DDP attach to the bare model first and wrap it then, anew for each round: DDP counts on a
     gradient from each parameter that it was made with. Attached to a model that is wrapped already,
     all gradients are computed and the frozen half's are set to zero: exact, but it saves nothing.
+    The Trainer of ``transformers`` wraps before its callbacks see the model, and shows them the bare
+    one: not to be used there with DDP.
     Together with penalties put this one first, and attach anew for each round: a penalty binds to
     what is free at ``attach``, and takes the anchors of what is free after ``consolidate``.
 
