@@ -111,7 +111,8 @@ class MaskTuning(Regularizer):
     their sizes; under DDP g_b is averaged over the processes before gating, and all draw the same U.
 
     Do not clip gradients (set ``max_grad_norm=0`` in the Hugging Face ``Trainer``): P compares their
-    sizes. Modules sharded by ``fully_shard`` (FSDP2) are refused.
+    sizes. Keep BatchNorm in eval mode, as its statistics belong to the frozen original. Modules
+    sharded by ``fully_shard`` (FSDP2) are refused.
 
     Args:
         strength: l in [0, 1], or a schedule ``step -> number``; at 0 the original is not run. The
