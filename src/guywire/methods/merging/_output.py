@@ -8,6 +8,7 @@ that an interrupted merge goes on where it stopped, after reading back what it f
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -120,8 +121,7 @@ class Target:
             self._handles[name] = handle
             if os.fstat(handle).st_size != size:
                 os.ftruncate(handle, size)
-            if hasattr(os, "posix_fallocate") and size:
-                os.posix_fallocate(handle, 0, size)  # a full disk is told at once, not at the end
+            _allocate(handle, size)
             os.pwrite(handle, header, 0)
 
     def has(self, name: str, at: int, length: int) -> bool:
@@ -352,6 +352,16 @@ def _modules(folder: Path) -> list[Path]:
     except (OSError, ValueError, TypeError, KeyError):
         return []
     return [folder / n for n in names if n and Path(n).name == n and (folder / n).is_dir()]
+
+
+def _allocate(handle: int, size: int) -> None:
+    """Tell of a full disk at once, not at the end, where the file system can."""
+    try:
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
 
 
 def _checksum(data: np.ndarray) -> str:
