@@ -162,10 +162,13 @@ def test_emoji_and_their_drawings_are_on_one_side_in_every_style(monkeypatch):
     for part in ("train", "valid", "test"):
         labels = [getattr(task, part).labels for task in stream.tasks]
         assert all(torch.equal(labels[0], other) for other in labels[1:])
-    assert {task.name for task in stream.tasks} > {network.TARGET}
-    sides = {p: {i.numpy().tobytes() for i in parts[f"target {p}"]} for p in ("train", "test")}
-    assert len(sides["test"]) > 200
-    assert not sides["train"] & sides["test"]
+    assert {task.name for task in stream.tasks} > {network.SOURCE, network.TARGET}
+    for style in ("source", "target"):
+        train, test = (
+            {i.numpy().tobytes() for i in parts[f"{style} {p}"]} for p in ("train", "test")
+        )
+        assert len(test) > 200
+        assert not train & test
 
 
 # Rules.

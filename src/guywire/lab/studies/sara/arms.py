@@ -74,7 +74,9 @@ def fine_tune(
         work.row("trained", numbers),
     ]
     if tune:
-        rows.append(work.row("balance", source / source_before + target / target_before))
+        left = target / target_before
+        rows.append(work.row("target_left", left))
+        rows.append(work.row("balance", source / source_before + left))
     if masks is not None:
         rows += _of_the_mask(work, gw.sara_fold(model), params, masks, limit)
     return rows

@@ -21,7 +21,7 @@ _PLACES = 2
 def harmony(table: Table) -> dict[str, Interval]:
     """Return the paper's harmony index of every arm.
 
-    The new style's error stands where the paper has FID, and the old styles' rise, negative, where
+    The new style's error stands where the paper has FID, and the old style's rise, negative, where
     it has CLIP's score. The index is taken within each seed, over the arms.
 
     Args:
@@ -62,7 +62,7 @@ def _ineffective(table: Table) -> Judgement:
     times = bootstrap({s: random[s] - _TIMES * max(small[s], 0.0) for s in small})
     return Judgement(
         worst([exceeds(harmless, 0.0), exceeds(times, 0.0)]),
-        "Without its smallest 1 % of weights the old styles' error rises by "
+        "Without its smallest 1 % of weights the old style's error rises by "
         f"{percent(bootstrap(small))}, without a random 1 % by {percent(bootstrap(random))}.",
     )
 
@@ -84,7 +84,7 @@ def _keeps(table: Table) -> Judgement:
     falls = {a: percent(table.mean(a, "target_fall")) for a in ("SaRA", "largest")}
     return Judgement(
         exceeds(margin, 0.0),
-        f"The old styles' error rises by {rises['SaRA']} with SaRA, {rises['no adjustment']} without "
+        f"The old style's error rises by {rises['SaRA']} with SaRA, {rises['no adjustment']} without "
         f"the second choice, {rises['random']} with random weights and {rises['largest']} with the "
         f"largest, while the new style's falls by {falls['SaRA']} with SaRA and {falls['largest']} "
         "with the largest.",
@@ -96,7 +96,7 @@ def _rank(table: Table) -> Judgement:
     norm = table.difference("no rank loss", "SaRA", "nuclear_norm")
     return Judgement(
         worst([exceeds(rise, 0.0), exceeds(norm, 0.0)]),
-        f"The nuclear norm's term changes the old styles' rise by {percent(rise)} (positive: less "
+        f"The nuclear norm's term changes the old style's rise by {percent(rise)} (positive: less "
         f"with it) and the nuclear norm by {norm.words()}, of "
         f"{table.mean('no rank loss', 'nuclear_norm').words()}.",
     )
@@ -139,7 +139,7 @@ CLAIMS = (
         name="ineffective weights",
         says="The weights of smallest absolute value have hardly any effect: without those below a "
         "threshold the model works as before.",
-        rule="In every seed, and in the mean: without the smallest 1 % of all weights the old styles' "
+        rule="In every seed, and in the mean: without the smallest 1 % of all weights the old style's "
         "error rises by less than 1 %, and without a random 1 % by more than 3 times as much.",
         judge=_ineffective,
     ),
@@ -153,7 +153,7 @@ CLAIMS = (
     Claim(
         name="keeps the prior",
         says="Training the smallest weights keeps what the model knew better than training others.",
-        rule="With as many weights, SaRA's rise of the old styles' error is at most 0.8 times that of "
+        rule="With as many weights, SaRA's rise of the old style's error is at most 0.8 times that of "
         "training the largest, in the mean, and less than 0.8 times in every seed.",
         judge=_keeps,
         rests_on=_TUNED,
@@ -162,7 +162,7 @@ CLAIMS = (
         name="rank loss",
         says="The nuclear norm of the trained weights keeps their matrices of low rank, and with it "
         "the prior.",
-        rule="With it, in every seed, the old styles' error rises less and the nuclear norm of the "
+        rule="With it, in every seed, the old style's error rises less and the nuclear norm of the "
         "masked matrices is smaller than without.",
         judge=_rank,
         rests_on=_TUNED,
@@ -179,7 +179,7 @@ CLAIMS = (
         name="harmony",
         says="SaRA balances learning the task and keeping the prior best.",
         rule="By the paper's harmony index over the arms, with the new style's error for FID and the "
-        "old styles' rise for CLIP's score, SaRA is first or second in the mean over seeds. Not "
+        "old style's rise for CLIP's score, SaRA is first or second in the mean over seeds. Not "
         "reproduced if it is neither in the mean nor in any seed.",
         judge=_harmonious,
         rests_on=(*_TUNED, "LoRA rate", "full rate"),

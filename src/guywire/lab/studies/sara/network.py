@@ -20,7 +20,7 @@ from guywire.lab.studies.study import Work
 __all__ = ["START", "Diffusion", "errors", "pretrain", "start", "take_away"]
 
 START = "start.safetensors"
-TARGET = "openmoji-line"
+SOURCE, TARGET = "openmoji-line", "noto"
 
 
 class Diffusion:
@@ -67,7 +67,7 @@ class Diffusion:
 
 
 def pretrain(work: Work) -> list[dict[str, Any]]:
-    """Train the U-Net on the coloured styles; leave its weights and the drawings.
+    """Train the U-Net on line drawings; leave its weights and the drawings.
 
     Args:
         work: of the study.
@@ -109,7 +109,7 @@ def take_away(work: Work) -> list[dict[str, Any]]:
         work: of the study.
 
     Returns:
-        Rows: its errors on both styles, and by which share the old styles' error rises.
+        Rows: its errors on both styles, and by which share the old style's error rises.
     """
     s = work.settings
     model, parts = start(work)
@@ -151,7 +151,7 @@ def start(work: Work) -> tuple[nn.Module, dict[str, Tensor]]:
 def errors(
     work: Work, model: nn.Module, parts: Mapping[str, Tensor], part: str
 ) -> tuple[float, float]:
-    """Return the error of the predicted noise on the old styles and on the new one.
+    """Return the error of the predicted noise on the old style and on the new one.
 
     Noise and times are fixed for a seed, the times spread evenly.
 
@@ -262,7 +262,7 @@ def unet(settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _drawings(settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the drawings by style and part; an emoji is in the same part in every style.
+    """Return the drawings by style and part; an emoji is in the same part in both styles.
 
     Some emoji share a drawing: as lines, all flags look alike. What is measured on is therefore
     without the drawings that occur in a part before it.
@@ -278,15 +278,14 @@ def _drawings(settings: Mapping[str, Any]) -> dict[str, Tensor]:
         )
     )
     parts: dict[str, Tensor] = {}
+    names = {SOURCE: "source", TARGET: "target"}
     seen: dict[str, list[Tensor]] = {task.name: [] for task in stream.tasks}
     for part in ("train", "valid", "test"):
-        by_style = {}
         for task in stream.tasks:
-            images = getattr(task, part).inputs
-            by_style[task.name] = unseen(images, seen[task.name])
-            seen[task.name].append(images)
-        parts[f"target {part}"] = by_style.pop(TARGET)
-        parts[f"source {part}"] = torch.cat(list(by_style.values()))
+            if task.name in names:
+                images = getattr(task, part).inputs
+                parts[f"{names[task.name]} {part}"] = unseen(images, seen[task.name])
+                seen[task.name].append(images)
     return parts
 
 
