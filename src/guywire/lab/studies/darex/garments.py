@@ -91,7 +91,8 @@ def tune_garments(
 
     Returns:
         Rows: ``valid_accuracy`` unpruned, and ``valid_score``: the accuracy after pruning at the
-        largest rate (DARE, or MP after L1), less 1 where the unpruned one lies below the floor.
+        largest rate (DARE, or MP after L1); where the unpruned one lies below the floor, how far,
+        less 1, so that any strength above the floor is better.
     """
     s = work.settings
     bed = _bed(work, arm, rate, strength)
@@ -103,7 +104,8 @@ def tune_garments(
         )
         method = "MP" if arm == "AdamR-L1" else "DARE"
         pruned = pruning.measure(judged, s["rates"][-1], [method])[method].accuracy
-        rows.append(work.row("valid_score", pruned - (0.0 if unpruned >= floor else 1.0)))
+        score = pruned if unpruned >= floor else unpruned - floor - 1.0
+        rows.append(work.row("valid_score", score))
     return rows
 
 
@@ -221,7 +223,9 @@ def _fine_tune(
     shuffle = work.generator("shuffle")
     if arm == "LoRA":
         return _fine_tune_lora(work, model, rate, train)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate * (_LARGER if arm == "large" else 1))
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=rate * (_LARGER if arm == "large" else 1), fused=True
+    )
     held: list[gw.Regularizer] = []
     if arm.startswith("AdamR"):
         body = {n: p for n, p in base.items() if not n.startswith("head.")}
@@ -244,7 +248,7 @@ def _fine_tune_lora(work: Work, model: Network, rate: float, train: Data) -> dic
     for p in adapted.head.parameters():
         p.requires_grad_(True)
     moving = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(moving, lr=rate)
+    optimizer = torch.optim.Adam(moving, lr=rate, fused=True)
     _train(adapted, optimizer, train, s["epochs"], s["batch"], work.generator("shuffle"))
     for layer in (adapted.encoder[0], adapted.encoder[2]):
         layer.merge()
