@@ -36,6 +36,7 @@ def row(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -
         (raw(b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":1}'), "'a' twice"),
         (raw({"__metadata__": 3}), "metadata"),
         (raw({"__metadata__": {"a": 3}}), "metadata"),
+        (raw({"\ud800": row()}, bytes(8)), "surrogates"),
         (raw({"w": 3}), "type, shape and place of 'w'"),
         (raw({"w": {"dtype": "F32"}}), "type, shape and place of 'w'"),
         (raw({"w": row("F4")}, bytes(8)), "'F4'"),

@@ -410,3 +410,55 @@ def test_selected_tensors_are_pruned_and_others_merged(tmp_path: Path) -> None:
             assert float((o[name] == b[name]).double().mean()) > 0.8
         else:
             assert o[name].equal(t[name])
+
+
+def test_masks_counters_and_statistics_are_not_pruned(tmp_path: Path) -> None:
+    def tensors(seed: int) -> Tensors:
+        return {
+            "h.0.attn.bias": torch.ones(1, 1, 80, 80, dtype=torch.uint8),
+            "h.0.bn.num_batches_tracked": torch.tensor(5 + seed),
+            "h.0.bn.running_var": torch.rand(50, generator=gen(seed)) + 1.0,
+            "h.0.weight": torch.randn(50, 50, generator=gen(seed)),
+        }
+
+    base, tuned = write(tmp_path / "base", tensors(0)), write(tmp_path / "tuned", tensors(1))
+    merge_checkpoints(base, [tuned], tmp_path / "out", rate=0.99)
+    out, after = read(tmp_path / "out"), tensors(1)
+    for name in ("h.0.attn.bias", "h.0.bn.num_batches_tracked", "h.0.bn.running_var"):
+        assert out[name].equal(after[name])
+        assert out[name].dtype == after[name].dtype
+    assert float((out["h.0.weight"] == tensors(0)["h.0.weight"]).double().mean()) > 0.95
+
+
+def test_codes_without_a_configuration_are_refused(tmp_path: Path) -> None:
+    base, _ = family(tmp_path, 0)
+    codes = read(base) | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)}
+    with pytest.raises(DataError, match=r"'model\.norm\.weight' as I8, which looks quantised"):
+        merge_checkpoints(base, [write(tmp_path / "codes", codes)], tmp_path / "out")
+
+
+def test_a_broken_adapter_configuration_is_refused(tmp_path: Path) -> None:
+    base, _ = family(tmp_path, 0)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.0.up.lora_{}.weight"
+    factors = {name.format("A"): torch.ones(2, 8), name.format("B"): torch.ones(24, 2)}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+
+    def attempt(config: object, tensors: Tensors, says: str) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, str(adapter / "adapter_model.safetensors"))
+        with pytest.raises((CheckpointError, DataError), match=says):
+            merge_checkpoints(base, [adapter], tmp_path / "out")
+
+    attempt([], factors, r"adapter_config\.json holds a list")
+    attempt({**config, "lora_alpha": "high"}, factors, "no lora_alpha that is a number")
+    attempt({**config, "alpha_pattern": [1]}, factors, "no lora_alpha that is a number")
+    attempt(config, {name.format("A"): torch.ones(2, 8)}, "only one factor")
+    attempt(config, factors | {name.format("B"): torch.ones(24, 3)}, "do not belong together")
+    attempt(config, factors | {name.format("B"): torch.ones(20, 2)}, "do not match")
+    attempt(config, factors | {"up.lora_C": torch.ones(1)}, "no part of a plain LoRA")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"no adapter_model\.safetensors"):
+        merge_checkpoints(base, [adapter], tmp_path / "out")

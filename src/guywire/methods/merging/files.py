@@ -258,6 +258,7 @@ def _rows(table: dict[str, Any], file: Path, origin: int) -> Iterator[tuple[Entr
     for name, row in table.items():
         if not isinstance(row, dict) or not {"dtype", "shape", "data_offsets"} <= row.keys():
             raise ValueError(f"its header does not say type, shape and place of {name!r}")
+        name.encode()  # half a surrogate pair is no name
         dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{name!r} has the type {dtype!r}, which torch lacks")

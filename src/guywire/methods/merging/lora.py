@@ -142,7 +142,12 @@ class Adapter:
                 f"the factors of {module!r} in {self.checkpoint.path} have the shapes "
                 f"{tuple(a.shape)} and {tuple(b.shape)}: they do not belong together"
             )
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        try:
+            alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise CheckpointError(
+                f"{self.path / _CONFIG} gives no lora_alpha that is a number for {module!r}"
+            ) from error
         rank = a.shape[0]
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         # An embedding's factors are those of its transpose.

@@ -343,13 +343,16 @@ def _left_over(
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if "quantization_config" in checkpoint.config():
+    if checkpoint.config().get("quantization_config"):
         raise DataError(
             f"{checkpoint.path} is quantised: a change of codes means nothing; load it in full "
             "precision, save that, and merge the copy"
         )
     for entry in checkpoint.tensors.values():
-        if entry.dtype.startswith("F8") or (entry.dtype in ("U8", "I8") and entry.numel > 4096):
+        codes = entry.dtype in ("U8", "I8") and entry.name.endswith(
+            "weight"
+        )  # masks are bytes, too
+        if entry.dtype.startswith("F8") or codes:
             raise DataError(
                 f"{checkpoint.path} holds {entry.name!r} as {entry.dtype}, which looks quantised: "
                 "save the model as bf16, fp16 or fp32"
