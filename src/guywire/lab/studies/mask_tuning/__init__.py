@@ -85,6 +85,7 @@ def run(bench: Bench) -> None:
     rates = _rates(bench, ARMS, GRIDS)
     arms = {name: {**arguments, "rate": rates[name]} for name, arguments in ARMS.items()}
     arms["zero-shot"] = {"arm": "zero-shot"}
+    arms["AMT, R-AMT's rate"] = {**arms["AMT"], "rate": rates["R-AMT"]}
     arms["R-AMT l=0.3"] = {**arms["R-AMT"], "strength": 0.3}
     arms["R-AMT, MLPs too"] = {**arms["R-AMT"], "wide": True}
     arms["line: zero-shot"] = {"arm": "zero-shot", "style": LINE}
@@ -133,7 +134,7 @@ STUDY = Study(
     run=run,
     checks=CHECKS,
     plots=PLOTS,
-    minutes=4.0,
+    minutes=3.0,
     code=tuple(
         f"guywire.lab.studies.mask_tuning.{part}" for part in ("pictures", "towers", "tune")
     ),
