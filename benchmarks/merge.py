@@ -1,6 +1,6 @@
 """`guywire merge` on a 270M-parameter bf16 checkpoint beside reading and writing the same bytes.
 
-    python benchmarks/merge.py [--repeats 5] [--folder DIR] [--no-mergekit] [--json]
+    python benchmarks/merge.py [--repeats 5] [--folder DIR] [--methods dare,ties] [--no-mergekit] [--json]
 
 Base and two fine-tuned copies, 542 MB each, are made in a temporary folder. Every timed run is a fresh
 process. "read and write" reads the three files and writes one of the base's size, flushed to the disk
@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -51,7 +51,7 @@ WORDS, WIDTH, LAYERS, INNER = 160_000, 640, 24, 2560
 
 PLAIN = """
 import os, sys, time
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 buffer = bytearray(4 << 20)
 out = os.open(sys.argv[4], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 for name in sys.argv[1:4]:
@@ -62,17 +62,17 @@ for name in sys.argv[1:4]:
     os.close(file)
 os.fsync(out)
 os.close(out)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - cpu)
 """
 
 OURS = """
 import sys, time
 from guywire.methods.merging import merge_checkpoints
 method, rate, base, a, b, out = sys.argv[1:]
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 merge_checkpoints(base, [a, b], out, method=method, rate=float(rate),
                   q=0.02 if method == "darex-q" else None)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time() - cpu)
 """
 
 
@@ -131,6 +131,15 @@ def anonymous_mb(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
+class Run(NamedTuple):
+    """Seconds inside the process, of its CPUs meanwhile, of all of it; its highest private memory."""
+
+    inside: float
+    cpu: float
+    whole: float
+    memory: float
+
+
 def run(words: list[str], env: dict[str, str] | None = None) -> tuple[float, float, str]:
     """Wall time, highest private memory in MB, and what was printed."""
     start = time.perf_counter()
@@ -160,21 +169,22 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
 
 
-def plain(folder: Path) -> float:
+def plain(folder: Path) -> Run:
     names = [str(folder / n / "model.safetensors") for n in ("base", "a", "b")]
-    _, _, out = run([sys.executable, "-c", PLAIN, *names, str(folder / "copy")])
+    whole, memory, out = run([sys.executable, "-c", PLAIN, *names, str(folder / "copy")])
     (folder / "copy").unlink()
-    return float(out)
+    inside, cpu = map(float, out.split())
+    return Run(inside, cpu, whole, memory)
 
 
-def ours(folder: Path, method: str, rate: float) -> tuple[float, float, float]:
-    """Seconds inside, seconds of the whole process, private memory."""
+def ours(folder: Path, method: str, rate: float) -> Run:
     out = folder / "out"
     names = [str(folder / n) for n in ("base", "a", "b")]
     words = [sys.executable, "-c", OURS, method, str(rate), *names, str(out)]
     whole, memory, said = run(words, environment())
     shutil.rmtree(out)
-    return float(said), whole, memory
+    inside, cpu = map(float, said.split())
+    return Run(inside, cpu, whole, memory)
 
 
 def command(folder: Path) -> float:
@@ -221,55 +231,64 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure(
-    folder: Path, repeats: int, tool: Path | None, note: str | None, peer_repeats: int
+    folder: Path, args: argparse.Namespace, tool: Path | None, note: str | None
 ) -> dict[str, Any]:
-    reading: list[float] = []
-    seconds: dict[tuple[str, float], list[tuple[float, float, float]]] = {c: [] for c in CASES}
+    cases = [c for c in CASES if not args.methods or c[0] in args.methods.split(",")]
+    reading: list[Run] = []
+    seconds: dict[tuple[str, float], list[Run]] = {c: [] for c in cases}
     typed: list[float] = []
     theirs: dict[tuple[str, float], list[tuple[float, float]]] = {c: [] for c in PEERS}
-    for number in range(-1, repeats):  # the first round warms the file cache
-        for case in CASES:
-            before, found = plain(folder), ours(folder, *case)
-            if number >= 0:
-                reading.append(before)
-                seconds[case].append(found)
-        if number >= 0:
-            typed.append(command(folder))
-        for case in PEERS if tool is not None and 0 <= number < peer_repeats else ():
+    plain(folder)  # fills the file cache
+    for number in range(args.repeats):
+        for case in cases:
+            reading.append(plain(folder))
+            seconds[case].append(ours(folder, *case))
+        typed.append(command(folder))
+        for case in PEERS if tool is not None and number < args.peer_repeats else ():
             try:
                 theirs[case].append(peer(folder, tool, *case))
             except RuntimeError as error:
                 tool, note = None, f"mergekit failed: {error}"
                 break
-    base = statistics.median(reading)
+    base = statistics.median(r.inside for r in reading)
+    cpu = statistics.median(r.cpu for r in reading)
     largest = max(math.prod(s) for s in shapes().values()) * 2 / 2**20
     limit = MEMORY_TIMES * largest + MEMORY_MB
     rows = [
         {
             "method": method,
             "rate": rate,
-            "seconds": spread([s for s, _, _ in runs]),
-            "process_seconds": spread([w for _, w, _ in runs]),
-            "ratio": statistics.median(s for s, _, _ in runs) / base,
-            "process_ratio": statistics.median(w for _, w, _ in runs) / base,
-            "private_mb": max(m for *_, m in runs),
+            "seconds": spread([r.inside for r in runs]),
+            "ratio": statistics.median(r.inside for r in runs) / base,
+            "cpu_seconds": spread([r.cpu for r in runs]),
+            "process_seconds": spread([r.whole for r in runs]),
+            "process_ratio": statistics.median(r.whole for r in runs) / base,
+            "private_mb": max(r.memory for r in runs),
         }
         for (method, rate), runs in seconds.items()
     ]
     peers = [
-        {"method": m, "rate": r, "seconds": spread([s for s, _ in runs]), "runs": len(runs),
-         "ratio": statistics.median(s for s, _ in runs) / base, "private_mb": max(x for _, x in runs)}
-        for (m, r), runs in theirs.items() if runs
-    ]  # fmt: skip
+        {
+            "method": method,
+            "rate": rate,
+            "seconds": spread([s for s, _ in runs]),
+            "ratio": statistics.median(s for s, _ in runs) / base,
+            "private_mb": max(m for _, m in runs),
+            "runs": len(runs),
+        }
+        for (method, rate), runs in theirs.items()
+        if runs
+    ]
     met = all(row["ratio"] <= TIME_LIMIT and row["private_mb"] <= limit for row in rows)
     return {
-        "read_and_write_seconds": spread(reading),
+        "read_and_write_seconds": spread([r.inside for r in reading]),
+        "read_and_write_cpu_seconds": cpu,
         "rows": rows,
         "command_seconds": spread(typed),
         "command_ratio": statistics.median(typed) / base,
         "mergekit": peers,
         "mergekit_note": note,
-        "repeats": repeats,
+        "repeats": args.repeats,
         "time_limit": TIME_LIMIT,
         "private_mb_limit": limit,
         "load": os.getloadavg(),
@@ -281,10 +300,14 @@ def show(found: dict[str, Any]) -> None:
     def said(times: dict[str, float]) -> str:
         return f"{times['median']:6.2f} s [{times['low']:.2f}, {times['high']:.2f}]"
 
-    print(f"read and write          {said(found['read_and_write_seconds'])}")
+    print(
+        f"read and write          {said(found['read_and_write_seconds'])}; "
+        f"CPUs {found['read_and_write_cpu_seconds']:.2f} s; load {found['load'][0]:.1f}"
+    )
     for row in found["rows"]:
         print(
             f"{row['method']:10s} {row['rate']:<12g} {said(row['seconds'])}  {row['ratio']:.2f}x; "
+            f"CPUs {row['cpu_seconds']['median']:.2f} s; "
             f"process {row['process_seconds']['median']:.2f} s, {row['process_ratio']:.2f}x; "
             f"{row['private_mb']:.0f} MB"
         )
@@ -307,6 +330,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer-repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to put 3 GB for a while")
+    parser.add_argument("--methods", help="some of ours, with commas")
     parser.add_argument("--no-mergekit", action="store_true")
     parser.add_argument("--mergekit-env", type=Path, help="an environment to use or make")
     parser.add_argument("--json", action="store_true")
@@ -320,7 +344,7 @@ def main() -> int:
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
                 note = f"mergekit's environment could not be made: {error}"
         make(folder)
-        found = measure(folder, args.repeats, tool, note, args.peer_repeats)
+        found = measure(folder, args, tool, note)
     if args.json:
         print(json.dumps(found))
     else:
