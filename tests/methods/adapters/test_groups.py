@@ -105,6 +105,22 @@ def test_the_group_is_the_sum_of_its_modules(kind):
     torch.testing.assert_close(model(X), plain(X), rtol=1e-5, atol=1e-5)
 
 
+def test_without_a_penalty_a_group_is_one_lora_of_its_size():
+    group, single = (
+        gw.lora_group(net(), n, r, target_modules=TARGETS, generator=generator(5))
+        for n, r in ((4, 2), (1, 8))
+    )
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (group, single)]
+    for model, optimizer in zip((group, single), optimizers, strict=True):
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(X).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(group(X), single(X), rtol=1e-4, atol=1e-5)
+    stacked = torch.cat([s.A for s in sites(group)[:4]])
+    torch.testing.assert_close(stacked, sites(single)[0].A, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_8_merging_keeps_the_logits_and_gives_the_plain_model_back(kind):
     plain = net()

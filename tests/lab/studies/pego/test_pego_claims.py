@@ -120,6 +120,7 @@ def test_the_checks_hold_and_fail():
         {"group_merge_error": 1e-3},
         {"PEGO_preserve": 11.0},
         {"LoRA_diversify": 0.1},
+        {"LoRA_seen": 0.65},
     ]
     for check, change in zip(CHECKS, broken, strict=True):
         assert not check.holds(table(**(good | change))), check.says
