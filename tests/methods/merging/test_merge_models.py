@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -387,7 +386,7 @@ print(done.size, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize("method", ["dare-ties", "magnitude"])
 def test_a_sharded_half_gigabyte(tmp_path: Path, method: str) -> None:
     config = transformers.LlamaConfig(
-        hidden_size=768, intermediate_size=2304, num_hidden_layers=16, num_attention_heads=12,
+        hidden_size=768, intermediate_size=2304, num_hidden_layers=20, num_attention_heads=12,
         num_key_value_heads=4, vocab_size=160_000, tie_word_embeddings=True, **IDS,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -407,4 +406,3 @@ def test_a_sharded_half_gigabyte(tmp_path: Path, method: str) -> None:
     assert (after - before) * 1024 < 300e6 < 4 * largest + 500e6
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert found.dtype == torch.bfloat16
-    assert resource.RUSAGE_SELF == 0
