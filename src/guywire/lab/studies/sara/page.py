@@ -81,12 +81,11 @@ NOTES = (
     "measured on.",
     "LoRA is in attention and in the time embeddings' projections, of the rank that comes nearest to as "
     "many numbers.",
-    "Why the prior is not kept better: at the rates that learn most every arm loses about as much of the "
-    "old style, LoRA and whole fine-tuning included. The loss comes from the new drawings, not from which "
-    "weights learn them; the smallest only learn a little less of them. Within the tuning runs a lower "
-    "rate keeps more and learns less.",
-    "The nuclear norm's term halves that norm here and hardly touches the errors: of 0.7M weights it "
-    "reaches the matrices only, 13 % of them, and most of what is learnt is in the convolutions.",
+    "At the rates that learn most every arm loses about as much of the old style, LoRA and whole "
+    "fine-tuning included. So the loss probably comes from the new drawings rather than from which "
+    "weights learn them. In the runs that chose the rate, a lower one kept more and learnt less.",
+    "The nuclear norm's term halves that norm and hardly touches the errors. It reaches matrices only, "
+    "13 % of the weights here; the convolutions, nearly all others, are outside it, as released.",
     "There is no FID: with a few hundred drawings at 16 x 16 pixels it would say little, and the usual "
     "feature network is not at hand. The error of the predicted noise stands for both scores.",
 )
