@@ -293,7 +293,8 @@ def table(full=0.92, l2=0.85, loss=4.0, amplitude=0.05, cosine=0.0):
     add(BASE, 0, "benign nll", 4.1)
     for seed in range(3):
         shift = 0.01 * (seed - 1)
-        for arm, refused in {"plain": 0.78, "L2": l2, "full": full}.items():
+        arms = {"plain": 0.78, "L2": l2, "full": full, "EWC": 0.9, "aligned": 0.95}
+        for arm, refused in arms.items():
             add(arm, seed, "refused", refused + shift)
             add(arm, seed, "benign nll", loss if arm == "full" else 4.0)
         for arm, lost in (("full, no geodesic", 0.02), ("full, no Riemannian", 0.01)):

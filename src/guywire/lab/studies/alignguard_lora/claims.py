@@ -16,6 +16,7 @@ HELD = ("L2", "EWC", "aligned", "aligned + task", "full")
 _SHARE = 0.7
 _WORSE = 0.02
 _SAME = 0.005
+"""Half a per cent of a loss, and half a point of refusals."""
 
 
 def drops(table: Table, arm: str) -> dict[int, float]:
@@ -114,7 +115,10 @@ def _fisher(table: Table) -> Judgement:
         f"{100 * bootstrap(l2).mean:.1f} points of refusals and the full method "
         f"{100 * bootstrap(full).mean:.1f} (by seed {100 * saved.mean:.1f} "
         f"[{100 * (saved.low or 0.0):.1f}, {100 * (saved.high or 0.0):.1f}] fewer), at a loss on the "
-        f"test books {100 * worse.mean:+.2f} % of L2's.",
+        f"test books {100 * worse.mean:+.2f} % of L2's. The diagonal Fisher penalty loses "
+        f"{100 * bootstrap(drops(table, 'EWC')).mean:.1f}, and the term on sensitive directions "
+        f"alone {100 * bootstrap(drops(table, 'aligned')).mean:.1f}, with "
+        f"{100 * _kept(table, 'aligned'):.0f} % of plain LoRA's gain on the new domain.",
     )
 
 
