@@ -329,6 +329,18 @@ def test_rules_can_fail(name, bad, verdict):
     assert CLAIM[name].judge(table(**bad)).verdict == verdict
 
 
+def test_a_law_that_the_curves_do_not_determine_decides_nothing():
+    rows = [dict(row) for row in table().rows]
+    for row in rows:
+        if row["metric"] == "old loss" and row["seed"] == 1:  # nothing happens until the last steps
+            row["value"] = 3.55 + (0.2 if row["condition"] == "plain" else 0.1) * (
+                row["step"] == 400
+            )
+    judged = CLAIM["law"].judge(Table(rows))
+    assert judged.verdict == "inconclusive"
+    assert "at its bound" in judged.allows
+
+
 def test_two_seeds_decide_nothing():
     few = Table([row for row in table().rows if row["seed"] < 2])
     assert {claim.judge(few).verdict for claim in CLAIMS} == {"inconclusive"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guywire.lab.studies.alignguard_lora.law import forgetting_law
+from guywire.lab.studies.alignguard_lora.law import LARGEST, SMALLEST, forgetting_law
 from guywire.lab.studies.statistics import Interval, Table, bootstrap
 from guywire.lab.studies.study import Claim
 from guywire.lab.studies.verdict import FEWEST_SEEDS, Judgement, Verdict, exceeds
@@ -126,13 +126,25 @@ def _law(table: Table) -> Judgement:
     found = law_of(table)
     lower = bootstrap({s: found["plain"][s] - found["full"][s] for s in found["plain"]})
     means = {name: bootstrap(values).mean for name, values in found.items()}
+    exponents = sorted(found["exponent"].values())
+    # An exponent at its bound is no fit: amplitude and offset then only cancel each other.
+    fitted = exponents[0] > 1.1 * SMALLEST and exponents[-1] < 0.99 * LARGEST
+    (start,) = table.values(BASE, "aligned nll").values()
+    last = {arm: _last(table, arm) - start for arm in ("plain", "full")}
     return Judgement(
-        exceeds(lower, 0.0),
-        f"Over fine-tuning steps D the loss on the old domain rises by A D^b + E with b = "
-        f"{means['exponent']:.2f} for both; A is {means['plain']:.3f} nats for plain LoRA and "
-        f"{means['full']:.3f} for the full method, E {means['offset of plain']:.3f} and "
-        f"{means['offset of full']:.3f}.",
+        exceeds(lower, 0.0) if fitted else "inconclusive",
+        f"After the most steps the loss on the old domain has risen by {last['plain']:.3f} nats with "
+        f"plain LoRA and {last['full']:.3f} with the full method. Fitted by A D^b + E in each seed, "
+        f"A is {means['plain']:.3f} and {means['full']:.3f}, with exponents from "
+        f"{exponents[0]:.2f} to {exponents[-1]:.2f}"
+        + ("." if fitted else ", one of them at its bound: these curves do not determine the law."),
     )
+
+
+def _last(table: Table, arm: str) -> float:
+    found = [r for r in table.rows if r["metric"] == "old loss" and r["condition"] == arm]
+    most = max(row["step"] for row in found)
+    return bootstrap({row["seed"]: row["value"] for row in found if row["step"] == most}).mean
 
 
 def _parts(table: Table) -> Judgement:
@@ -175,7 +187,7 @@ CLAIMS = (
         "law",
         "The forgetting curve is flatter: a lower amplitude at about the same exponent.",
         "fitted with one exponent for both, the amplitude is below plain LoRA's, in the mean and "
-        "every seed",
+        "every seed; inconclusive where a fitted exponent lies at its bound",
         _law,
         ("full",),
     ),

@@ -14,9 +14,10 @@ import numpy as np
 
 from guywire.core.errors import UsageError, need
 
-__all__ = ["forgetting_law"]
+__all__ = ["LARGEST", "SMALLEST", "forgetting_law"]
 
-_LARGEST = 3.0
+SMALLEST, LARGEST = 0.01, 3.0
+"""Bounds of the exponent."""
 
 
 def forgetting_law(
@@ -29,7 +30,7 @@ def forgetting_law(
         rises: arm to the loss less that of the base model, at each amount.
 
     Returns:
-        Arm to A (at least 0), b in (0, 3] and E.
+        Arm to A (at least 0), b in [0.01, 3] and E.
 
     Raises:
         UsageError: there are fewer numbers than unknowns.
@@ -55,8 +56,8 @@ def forgetting_law(
         return amplitude[which] * x**b + offset[which]
 
     start = [0.5, *(max(float(rises[arm][-1]), 1e-3) for arm in arms), *(0.0 for _ in arms)]
-    low = [1e-2, *(0.0 for _ in arms), *(-np.inf for _ in arms)]
-    high = [_LARGEST, *(np.inf for _ in arms), *(np.inf for _ in arms)]
+    low = [SMALLEST, *(0.0 for _ in arms), *(-np.inf for _ in arms)]
+    high = [LARGEST, *(np.inf for _ in arms), *(np.inf for _ in arms)]
     found, _ = curve_fit(law, x, y, p0=start, bounds=(low, high), max_nfev=20_000)
     n = len(arms)
     return {

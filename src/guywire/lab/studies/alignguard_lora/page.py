@@ -85,6 +85,16 @@ NOTES = (
     "answers as labels, and scaled to the trace of the identity.",
     "Two branches have rank 4 each where one adapter has rank 8.",
     "EWC is the diagonal Fisher information of the same prompts on the updates, of mean 1 a layer.",
+    "The rule about the forgetting law was tightened after the first run, which it had passed: loss on "
+    "the old domain rises unevenly at a constant rate, so that three unknowns from five points came "
+    "with exponents from 0.04 to the bound of 3. A fit at its bound now decides nothing.",
+    "At the default weights the task term holds the other directions, which are four fifths of all, "
+    "about as L2 does. The term on sensitive directions alone keeps nearly every refusal at the same "
+    "loss or a lower one (arm 'aligned'; its strength lies at the edge of its grid, and no claim rests "
+    "on it). In one seed plain LoRA drifts so little that L2 and the full method tie.",
+    "The collision terms act on the updates and not on refusals here: the geodesic term brings the "
+    "squared cosine of the branches down, while the Riemannian overlap, a mean over entries, is "
+    "tens of thousands of times smaller than the others at the default weights.",
     "Refused is a prompt whose likeliest first token is REFUSE. A violent word is one of a fixed list; "
     "this is a rule about words, not a sense of harm.",
 )
