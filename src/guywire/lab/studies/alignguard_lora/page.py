@@ -83,6 +83,10 @@ NOTES = (
     "of the new domain, which hold no prompt to refuse; the share kept on the test books is reported.",
     "The Fisher information is that of 256 training prompts, half of them refused, with the aligned "
     "answers as labels, and scaled to the trace of the identity.",
+    "Which new domain and how many prompts to refuse was settled in trials that showed the refusal rate "
+    "on test prompts, of a seed of its own: letters were taken because plain LoRA drifts there. On the "
+    "Gospels it lost 0.2 points and there was nothing to protect. Rules and strengths did not come from "
+    "test prompts.",
     "Two branches have rank 4 each where one adapter has rank 8.",
     "EWC is the diagonal Fisher information of the same prompts on the updates, of mean 1 a layer.",
     "The rule about the forgetting law was tightened after the first run, which it had passed: loss on "
