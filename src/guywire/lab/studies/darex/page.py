@@ -108,6 +108,8 @@ NOTES = (
     "figure had been seen, and no rule was changed.",
     "WANDA keeps tensors without inputs of their own (biases, embeddings, norms) by magnitude. The "
     "head is never pruned.",
+    "On verses the change is small, and DARE hardly breaks at 0.99: there is nothing for a larger q to "
+    "mend, and both searches stay close to 1 - p.",
     "A layer's q* comes from inputs on the validation data; eta is searched without labels, up to "
     "where half of the rows have q of 1 or more.",
 )
