@@ -238,6 +238,8 @@ NOTES = (
     "Embeddings and head are always updated, as in the paper; at this width they are a quarter of "
     "the model, so 62 % of the parameters move, and so much memory is held.",
     "One base model for all seeds: they differ in batches, halves and adapters.",
+    "Steps and grids were set after a short pilot of full and half fine-tuning on a larger model, which "
+    "printed test numbers as well; no rule was changed.",
     "Where less is saved than in the paper we suspect the part that always moves: embeddings and head "
     "carry much of what so small a model forgets, and no selection protects them. Rounds are short as "
     "well, and four layers hardly tell balanced selections from others. L2 to the start and LoRA "
