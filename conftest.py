@@ -25,9 +25,15 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that start processes on one worker, so that they do not starve each other."""
+    """Keep tests that start processes on one worker, and the blocks of a page together.
+
+    The former would starve each other, the latter go on from each other's names.
+    """
     for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if item.get_closest_marker("multiprocess"):
             item.add_marker(pytest.mark.xdist_group("multiprocess"))
         if item.get_closest_marker("browser"):
