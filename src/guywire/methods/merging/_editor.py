@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guywire.methods.merging import edits
-from guywire.methods.merging._limits import Limit, Run, find_limit
+from guywire.methods.merging import _dense, edits
+from guywire.methods.merging._limits import STRIDE, Limit, Run, find_limit
 from guywire.methods.merging.files import DTYPES, Checkpoint
 from guywire.methods.merging.importance import wanda_mask
 from guywire.methods.merging.masks import BLOCK
@@ -126,10 +126,14 @@ class Editor:
         if split == start and start < stop:
             return self._own(item, start, stop), None
         assert item.base is not None
-        changes = [self._change(item, part, start, split) for part in item.parts]
-        if not changes:
+        if not item.parts:
             before = self.base.read(item.base.name, start, split)
             return self._joined(item, before, split, stop), torch.empty(0, dtype=torch.int64)
+        limits = [self.limits.get((part.model, item.name)) for part in item.parts]
+        if not places and None not in limits:
+            ranked = self._ranked(item, [lim for lim in limits if lim is not None], start, split)
+            return self._joined(item, ranked, split, stop), None
+        changes = self._changes(item, start, split)
         before = changes[0].base
         out = before.to(DTYPES[item.dtype], copy=True)
         if item.pruned:
@@ -164,14 +168,56 @@ class Editor:
         assert part.owner is not None
         return part.owner.read(part.entry.name, start, stop).to(DTYPES[item.dtype])
 
-    def _change(self, item: Item, part: Part, start: int, stop: int) -> edits.Change:
+    def _changes(self, item: Item, start: int, stop: int) -> list[edits.Change]:
         assert item.base is not None
         before = self.base.read(item.base.name, start, stop)
+        return [self._change(item, part, start, stop, before) for part in item.parts]
+
+    def _change(
+        self, item: Item, part: Part, start: int, stop: int, before: Tensor | None = None
+    ) -> edits.Change:
+        assert item.base is not None
+        before = self.base.read(item.base.name, start, stop) if before is None else before
         if part.factors is not None:
             return edits.Change(before, None, part.factors.rows(start, stop))
         assert part.entry is not None
         assert part.owner is not None
         return edits.Change(before, part.owner.read(part.entry.name, start, stop))
+
+    def _ranked(self, item: Item, limits: Sequence[Limit], start: int, stop: int) -> Tensor:
+        """Edit a piece whose survivors the limits tell, in strides that stay in the cache."""
+        out = torch.empty(stop - start, dtype=DTYPES[item.dtype])
+        ties = [limit.ties.get(start, 0) for limit in limits]
+        for at in range(start, stop, STRIDE):
+            changes = self._changes(item, at, min(at + STRIDE, stop))
+            before = changes[0].base
+            values = out[at - start : at - start + len(before)].copy_(before)
+            deltas = [change.at() for change in changes]
+            if all(delta.dtype == torch.float32 for delta in deltas):
+                masks: list[np.ndarray] = []
+                for i, delta in enumerate(deltas):
+                    mask, ties[i] = _dense.prune(delta, limits[i], ties[i])
+                    masks.append(mask)
+                _dense.put(values, masks, self._together(item, changes, deltas))
+                continue
+            kept: list[Tensor | None] = []
+            for i, delta in enumerate(deltas):
+                mine, ties[i] = limits[i].first(delta, ties[i])
+                kept.append(mine)
+            self._combine(item, before, changes, kept, values)
+        return out
+
+    def _together(
+        self, item: Item, changes: Sequence[edits.Change], deltas: Sequence[Tensor]
+    ) -> Tensor:
+        """Put pruned changes together, which methods that rank do not rescale."""
+        shares = self._shares(item)
+        if self.method.elects:
+            weights = [self.weights[part.model] for part in item.parts]
+            return _dense.elected(changes[0].base, deltas, weights, self.scale)
+        if shares == [1.0] and changes[0].tuned is not None:
+            return changes[0].tuned
+        return _dense.added(changes[0].base, deltas, shares)
 
     def _combine(
         self,
