@@ -41,10 +41,10 @@ studies-smoke: $(VENV)/.developers  ## the same in seconds: does everything run,
 	$(BIN)/guywire study --all --smoke --report $(ARGS)
 
 test: $(VENV)/.developers  ## the tests, under 6 minutes on 2 cores
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.developers  ## the slow tests
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
 lint: $(VENV)/.developers  ## format check, lint, types, direction of imports
 	$(BIN)/ruff format --check .

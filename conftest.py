@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # One thread a worker, before torch is imported: more would fight over the same two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,19 +26,20 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that start processes on one worker, and the blocks of a page together.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the blocks of a page on one worker: they go on from each other's names.
 
-    The former would starve each other, the latter go on from each other's names.
+    Marks cannot say so: pytest 9.2 no longer shows xdist the group that it writes into a test's id.
     """
-    for item in items:
-        if item.path.suffix == ".md":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-        if item.get_closest_marker("multiprocess"):
-            item.add_marker(pytest.mark.xdist_group("multiprocess"))
-        if item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.xdist_group("browser"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPage(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(".md") else nodeid
+
+    return ByPage(config, log)
 
 
 @pytest.fixture(autouse=True)
