@@ -21,7 +21,7 @@ from torch import Tensor
 Piece = tuple[int, int]
 Run = Callable[[Callable[[Piece], Any], Sequence[Piece]], Iterable[Any]]
 
-STRIDE = 1 << 16
+STRIDE = 1 << 17
 """Weights that are looked at together."""
 
 _LOW = 15
@@ -56,12 +56,30 @@ class Limit:
             Positions in the stride, int64, increasing; and how many equal ones may be kept after it.
         """
         bits = magnitude_bits(delta)
-        mask = bits > self.bits
-        if ties:
-            equal = np.flatnonzero(bits == self.bits)[:ties]
-            mask[equal] = True
-            ties -= len(equal)
+        above, equal, ties = self.split(bits, ties)
+        mask = bits > above
+        mask[equal] = True
         return torch.from_numpy(np.flatnonzero(mask)), ties
+
+    def split(self, bits: np.ndarray, ties: int) -> tuple[int, np.ndarray, int]:
+        """Say what a stride keeps.
+
+        Args:
+            bits: its magnitudes', int32, ``[n]``.
+            ties: how many of those equal to the limit may be kept.
+
+        Returns:
+            The bits above which all are kept; the positions of others that are kept; and how many
+            equal ones may be kept after the stride.
+        """
+        none = np.empty(0, dtype=np.int64)
+        if not ties:
+            return self.bits, none, 0
+        equal = bits == self.bits
+        count = int(np.count_nonzero(equal))
+        if count <= ties:  # all of them, so that nothing must be listed
+            return self.bits - 1, none, ties - count
+        return self.bits, np.flatnonzero(equal)[:ties], 0
 
 
 def find_limit(
@@ -129,7 +147,8 @@ def _between(
 ) -> tuple[int, int]:
     """Magnitudes between which the count-th largest must lie, if the sample is a fair one."""
     numel = pieces[-1][1]
-    each = max(1, _SAMPLE // _STRETCH // len(pieces))
+    size = min(_SAMPLE, max(numel // 32, 16 * _STRETCH))
+    each = max(1, size // _STRETCH // len(pieces))
 
     def look(piece: Piece) -> np.ndarray:
         start, stop = piece
@@ -139,12 +158,13 @@ def _between(
         return np.concatenate([magnitude_bits(delta((int(a), int(a) + _STRETCH))) for a in starts])
 
     sample = np.concatenate(list(run(look, pieces)))
-    sample.sort()
     share = count / numel
     # Eight standard deviations: neighbours are alike, so that a stretch says less than it holds.
     spread = 8.0 * (len(sample) * share * (1.0 - share)) ** 0.5 + 2.0
     rank = len(sample) * (1.0 - share)
     low, high = int(rank - spread), int(rank + spread)
+    # Sorting the whole sample would take longer than looking through a small tensor.
+    sample.partition(sorted({min(max(at, 0), len(sample) - 1) for at in (low, high)}))
     return (
         int(sample[low]) if low >= 0 else 0,
         int(sample[high]) if high < len(sample) else 0x7FFFFFFF,

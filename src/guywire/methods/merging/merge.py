@@ -32,6 +32,7 @@ from guywire.methods.merging._tied import tied
 from guywire.methods.merging.edits import METHODS
 from guywire.methods.merging.files import Checkpoint
 from guywire.methods.merging.lora import Adapter, is_adapter
+from guywire.methods.merging.masks import BLOCK
 from guywire.methods.merging.matching import Item, Plan, Tuned, plan
 
 __all__ = ["MergeResult", "Progress", "merge_checkpoints"]
@@ -40,6 +41,9 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much (in elements)."""
 
 Calibration = Callable[[Checkpoint, Sequence[Tuned]], Sequence[Mapping[str, Inputs]]]
+
+
+_SMALL = 16 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -310,10 +314,21 @@ def _prepare(editor: Editor, items: Sequence[Item], pool: Threads, say: Progress
     if editor.method.prune not in ("magnitude", "wanda") or editor.rate == 0.0:
         return
     total, done = sum(item.numel for item in items), 0
-    for item in items:
+    # Steps between the passes over a tensor take one thread: small tensors are ranked side by side.
+    small = [item for item in items if item.numel <= _SMALL]
+
+    def one(item: Item) -> int:
+        editor.prepare(item, map)
+        return item.numel
+
+    for count in pool.map(one, small):
+        done += count
         say("ranking", done, total)
-        editor.prepare(item, pool.map)
-        done += item.numel
+    for item in items:
+        if item.numel > _SMALL:
+            editor.prepare(item, pool.map)
+            done += item.numel
+            say("ranking", done, total)
 
 
 def _write(

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from guywire.methods.merging import _dense
+from guywire.methods.merging._limits import Limit, find_limit
+from guywire.methods.merging.edits import Change, add, elect
+
+N = 5000
+ODD = [float("nan"), float("inf"), -float("inf"), -0.0, 0.0, 1e-42, -1e-42, 3e38]
+
+
+def models(dtype: torch.dtype, kind: str, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    g = torch.Generator().manual_seed(4)
+    base = torch.randn(N, generator=g)
+    tuned = [base + torch.randn(N, generator=g).mul(3).round() / 8 for _ in range(count)]
+    if kind == "odd":
+        for values in (base, *tuned):
+            where = torch.randint(0, N, (40 * len(ODD),), generator=g)
+            values[where] = torch.tensor(ODD).repeat(40)
+    return base.to(dtype), [t.to(dtype) for t in tuned]
+
+
+def pruned(changes: list[Change], limits: list[Limit]) -> tuple[list, list, list]:
+    deltas, masks, kept = [], [], []
+    for change, limit in zip(changes, limits, strict=True):
+        deltas.append(change.at())
+        kept.append(limit.kept(change.at(), 0))
+        masks.append(_dense.prune(deltas[-1], limit, limit.ties.get(0, 0))[0])
+    return deltas, masks, kept
+
+
+def limits_of(changes: list[Change], share: float) -> list[Limit]:
+    return [
+        find_limit(lambda p, c=c: c.at()[p[0] : p[1]], [(0, N)], round(share * N), map)
+        for c in changes
+    ]
+
+
+def same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Bit for bit; but which NaN a conversion gives depends on the place in the vector."""
+    whole = torch.int16 if one.dtype.itemsize == 2 else torch.int32
+    alike = one.view(whole) == two.view(whole)
+    return bool((alike | (one.isnan() & two.isnan())).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["ties", "odd"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("weights", [[1.0], [0.3], [0.5, -0.5], [1.0, 0.0], [0.7, 0.2, 1.0]])
+def test_masks_add_and_elect_as_positions_do(
+    dtype: torch.dtype, kind: str, share: float, weights: list[float]
+) -> None:
+    base, tuned = models(dtype, kind, len(weights))
+    changes = [Change(base, t) for t in tuned]
+    limits = limits_of(changes, share)
+    for elects in (False, True):
+        deltas, masks, kept = pruned(changes, limits)
+        want, got = base.clone(), base.clone()
+        if elects:
+            votes = [abs(w) for w in weights]
+            elect(base, changes, kept, [1.0] * len(weights), votes, 0.9, want)
+            new = _dense.elected(base, deltas, votes, 0.9)
+        else:
+            add(base, changes, kept, weights, want)
+            # A factor of 1 alone copies the model's values, which the caller sees to.
+            new = tuned[0] if weights == [1.0] else _dense.added(base, deltas, weights)
+        _dense.put(got, masks, new)
+        assert same(got, want)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 1000, N])
+def test_ties_are_kept_in_order_from_stride_to_stride(stride: int) -> None:
+    g = torch.Generator().manual_seed(2)
+    delta = torch.randn(N, generator=g).mul(2).round()
+    limit = find_limit(lambda p: delta[p[0] : p[1]], [(0, N)], N // 4, map)
+    assert 0 < limit.ties[0] < int((delta.abs().view(torch.int32) == limit.bits).sum())
+    ties, masks = limit.ties[0], []
+    for at in range(0, N, stride):
+        mask, ties = _dense.prune(delta[at : at + stride].clone(), limit, ties)
+        masks.append(mask)
+    assert ties == 0
+    kept = np.flatnonzero(np.concatenate(masks))
+    assert (
+        kept.tolist()
+        == delta.abs().sort(descending=True, stable=True)[1][: N // 4].sort()[0].tolist()
+    )
+    assert limit.kept(delta, 0).tolist() == kept.tolist()
