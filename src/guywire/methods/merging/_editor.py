@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guywire.methods.merging import _dense, edits
-from guywire.methods.merging._limits import STRIDE, Limit, Run, find_limit
+from guywire.methods.merging._limits import STRIDE, Limit, Run, find_limits
 from guywire.methods.merging.files import DTYPES, Checkpoint
 from guywire.methods.merging.importance import wanda_mask
 from guywire.methods.merging.masks import BLOCK
@@ -98,14 +98,17 @@ class Editor:
             return
         pieces = [(a, min(b, item.common)) for a, b in self.pieces(item) if a < item.common]
         count = round((1.0 - self.rate) * item.common)
-        for part in item.parts:
-            if self.method.prune == "wanda" and self._inputs(part, item) is not None:
-                continue
+        wanda = self.method.prune == "wanda"
+        parts = [p for p in item.parts if not wanda or self._inputs(p, item) is None]
+        if not parts:
+            return
 
-            def delta(piece: Piece, part: Part = part) -> Tensor:
-                return self._change(item, part, *piece).at()
+        def deltas(piece: Piece) -> list[Tensor]:
+            return [change.at() for change in self._changes(item, *piece, parts)]
 
-            self.limits[part.model, item.name] = find_limit(delta, pieces, count, run)
+        found = find_limits(deltas, len(parts), pieces, count, run, _stride(item))
+        for part, limit in zip(parts, found, strict=True):
+            self.limits[part.model, item.name] = limit
 
     def edit(
         self, item: Item, start: int, stop: int, *, places: bool = False
@@ -168,10 +171,13 @@ class Editor:
         assert part.owner is not None
         return part.owner.read(part.entry.name, start, stop).to(DTYPES[item.dtype])
 
-    def _changes(self, item: Item, start: int, stop: int) -> list[edits.Change]:
+    def _changes(
+        self, item: Item, start: int, stop: int, parts: Sequence[Part] | None = None
+    ) -> list[edits.Change]:
         assert item.base is not None
         before = self.base.read(item.base.name, start, stop)
-        return [self._change(item, part, start, stop, before) for part in item.parts]
+        chosen = item.parts if parts is None else parts
+        return [self._change(item, part, start, stop, before) for part in chosen]
 
     def _change(
         self, item: Item, part: Part, start: int, stop: int, before: Tensor | None = None
@@ -188,8 +194,9 @@ class Editor:
         """Edit a piece whose survivors the limits tell, in strides that stay in the cache."""
         out = torch.empty(stop - start, dtype=DTYPES[item.dtype])
         ties = [limit.ties.get(start, 0) for limit in limits]
-        for at in range(start, stop, STRIDE):
-            changes = self._changes(item, at, min(at + STRIDE, stop))
+        step = _stride(item)
+        for at in range(start, stop, step):
+            changes = self._changes(item, at, min(at + step, stop))
             before = changes[0].base
             values = out[at - start : at - start + len(before)].copy_(before)
             deltas = [change.at() for change in changes]
@@ -283,3 +290,8 @@ class Editor:
     def _seen(self, item: Item) -> Inputs | None:
         found = (self._inputs(part, item) for part in item.parts)
         return next((seen for seen in found if seen is not None), None)
+
+
+def _stride(item: Item) -> int:
+    """An adapter's change is a product of matrices, which is cut as rarely as can be."""
+    return STRIDE if all(part.factors is None for part in item.parts) else max(1, item.numel)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 Piece = tuple[int, int]
 Run = Callable[[Callable[[Piece], Any], Sequence[Piece]], Iterable[Any]]
+Deltas = Callable[[Piece], Sequence[Tensor]]
 
 STRIDE = 1 << 17
 """Weights that are looked at together."""
@@ -27,6 +28,20 @@ STRIDE = 1 << 17
 _LOW = 15
 _SAMPLE = 1 << 17  # of a tensor, in stretches
 _STRETCH = 1024
+
+
+class Found(NamedTuple):
+    """How a piece's magnitudes lie beside a range from ``low`` to ``high``.
+
+    Attributes:
+        above: how many are above ``high``.
+        lowest: how many are ``low``, which may be 0 for nearly all: they need no list.
+        inside: the others of the range, as bits.
+    """
+
+    above: int
+    lowest: int
+    inside: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class Limit:
 def find_limit(
     delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], count: int, run: Run
 ) -> Limit:
-    """Find what keeps ``count`` weights exactly; of equal ones the first.
+    """Return :func:`find_limits` of one model.
 
     Args:
         delta: gives the change of a piece, or of any slice.
@@ -96,25 +111,73 @@ def find_limit(
     Returns:
         The limit.
     """
+    return find_limits(lambda piece: [delta(piece)], 1, pieces, count, run)[0]
+
+
+def find_limits(
+    deltas: Deltas,
+    models: int,
+    pieces: Sequence[Piece],
+    count: int,
+    run: Run,
+    step: int = STRIDE,
+) -> list[Limit]:
+    """Find what keeps ``count`` weights of each model exactly; of equal ones the first.
+
+    Args:
+        deltas: gives each model's change of a piece, or of any slice.
+        models: how many.
+        pieces: (start, stop), in order, of the whole tensor.
+        count: how many to keep.
+        run: maps a function over pieces, in order, perhaps on several threads.
+        step: weights of a stride.
+
+    Returns:
+        The limits.
+    """
     numel = pieces[-1][1]
     if count >= numel:
-        return Limit(-1, {})
+        return [Limit(-1, {})] * models
     if count == 0:
-        return Limit(0x7FFFFFFF, {})
-    low, high = _between(delta, pieces, count, run)
-    found = _collect(delta, pieces, low, high, run)
-    above = sum(n for n, _ in found)
-    if not above < count <= above + sum(len(some) for _, some in found):
-        low, high = _classes(delta, pieces, count, run)
-        found = _collect(delta, pieces, low, high, run)
-        above = sum(n for n, _ in found)
-    some = np.concatenate([mine for _, mine in found])
-    left = count - above
-    threshold = int(np.partition(some, len(some) - left)[len(some) - left])
-    left -= int((some > threshold).sum())
+        return [Limit(0x7FFFFFFF, {})] * models
+    ranges = _between(deltas, pieces, count, run)
+    found = _collect(deltas, pieces, ranges, run, step)
+    limits = [
+        _limit(pieces, mine, low, count) for mine, (low, _) in zip(found, ranges, strict=True)
+    ]
+    missed = [i for i, limit in enumerate(limits) if limit is None]
+    if missed:
+
+        def some(piece: Piece) -> list[Tensor]:
+            every = deltas(piece)
+            return [every[i] for i in missed]
+
+        ranges = _classes(some, len(missed), pieces, count, run, step)
+        found = _collect(some, pieces, ranges, run, step)
+        for i, mine, (low, _) in zip(missed, found, ranges, strict=True):
+            limits[i] = _limit(pieces, mine, low, count)
+    return [limit for limit in limits if limit is not None]
+
+
+def _limit(pieces: Sequence[Piece], found: Sequence[Found], low: int, count: int) -> Limit | None:
+    """The limit, if it is in the range in which magnitudes were collected."""
+    left = count - sum(piece.above for piece in found)
+    inside = np.concatenate([piece.inside for piece in found])
+    if not 0 < left <= len(inside) + sum(piece.lowest for piece in found):
+        return None
+    if left > len(inside):
+        threshold = low
+        left -= len(inside)
+        equal = [piece.lowest for piece in found]
+    else:
+        at = len(inside) - left
+        inside.partition(at)
+        threshold = int(inside[at])
+        left -= int(np.count_nonzero(inside > threshold))
+        equal = [int(np.count_nonzero(piece.inside == threshold)) for piece in found]
     ties = {}
-    for (start, _), (_, mine) in zip(pieces, found, strict=True):
-        ties[start] = min(int((mine == threshold).sum()), left)
+    for (start, _), mine in zip(pieces, equal, strict=True):
+        ties[start] = min(mine, left)
         left -= ties[start]
     return Limit(threshold, ties)
 
@@ -125,70 +188,85 @@ def magnitude_bits(delta: Tensor) -> np.ndarray:
 
 
 def _collect(
-    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], low: int, high: int, run: Run
-) -> list[tuple[int, np.ndarray]]:
-    """For each piece how many are above ``high``, and those from ``low`` to ``high``."""
+    deltas: Deltas, pieces: Sequence[Piece], ranges: Sequence[tuple[int, int]], run: Run, step: int
+) -> list[list[Found]]:
+    """Look where each model's magnitudes lie beside a range of its own, for each piece."""
 
-    def look(piece: Piece) -> tuple[int, np.ndarray]:
-        above, some = 0, []
-        for stride in _strides(piece):
-            bits = magnitude_bits(delta(stride))
-            above += int(np.count_nonzero(bits > high))
-            # As unsigned numbers, what lies below ``low`` wraps around to beyond the range.
-            bits_above_low = (bits - np.int32(low)).view(np.uint32)
-            some.append(bits[bits_above_low <= np.uint32(high - low)])
-        return above, np.concatenate(some)
+    def look(piece: Piece) -> list[Found]:
+        above, lowest = [0] * len(ranges), [0] * len(ranges)
+        inside: list[list[np.ndarray]] = [[] for _ in ranges]
+        for stride in _strides(piece, step):
+            for i, (delta, (low, high)) in enumerate(zip(deltas(stride), ranges, strict=True)):
+                bits = magnitude_bits(delta)
+                above[i] += int(np.count_nonzero(bits > high))
+                lowest[i] += int(np.count_nonzero(bits == low))
+                if low < high:
+                    # As unsigned numbers, what lies below wraps around to beyond the range.
+                    beyond = (bits - np.int32(low + 1)).view(np.uint32)
+                    inside[i].append(bits[beyond <= np.uint32(high - low - 1)])
+        empty = np.empty(0, dtype=np.int32)
+        return [
+            Found(n, k, np.concatenate([empty, *some]))
+            for n, k, some in zip(above, lowest, inside, strict=True)
+        ]
 
-    return list(run(look, pieces))
+    return [list(mine) for mine in zip(*run(look, pieces), strict=True)]
 
 
 def _between(
-    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], count: int, run: Run
-) -> tuple[int, int]:
+    deltas: Deltas, pieces: Sequence[Piece], count: int, run: Run
+) -> list[tuple[int, int]]:
     """Magnitudes between which the count-th largest must lie, if the sample is a fair one."""
     numel = pieces[-1][1]
     size = min(_SAMPLE, max(numel // 32, 16 * _STRETCH))
     each = max(1, size // _STRETCH // len(pieces))
 
-    def look(piece: Piece) -> np.ndarray:
+    def look(piece: Piece) -> list[np.ndarray]:
         start, stop = piece
         if stop - start <= each * _STRETCH:
-            return magnitude_bits(delta(piece))
-        starts = np.linspace(start, stop - _STRETCH, each).astype(np.int64)
-        return np.concatenate([magnitude_bits(delta((int(a), int(a) + _STRETCH))) for a in starts])
+            return [magnitude_bits(delta) for delta in deltas(piece)]
+        starts = np.linspace(start, stop - _STRETCH, each).astype(np.int64).tolist()
+        parts = [map(magnitude_bits, deltas((at, at + _STRETCH))) for at in starts]
+        return [np.concatenate(mine) for mine in zip(*parts, strict=True)]
 
-    sample = np.concatenate(list(run(look, pieces)))
+    ranges = []
     share = count / numel
-    # Eight standard deviations: neighbours are alike, so that a stretch says less than it holds.
-    spread = 8.0 * (len(sample) * share * (1.0 - share)) ** 0.5 + 2.0
-    rank = len(sample) * (1.0 - share)
-    low, high = int(rank - spread), int(rank + spread)
-    # Sorting the whole sample would take longer than looking through a small tensor.
-    sample.partition(sorted({min(max(at, 0), len(sample) - 1) for at in (low, high)}))
-    return (
-        int(sample[low]) if low >= 0 else 0,
-        int(sample[high]) if high < len(sample) else 0x7FFFFFFF,
-    )
+    for parts in zip(*run(look, pieces), strict=True):
+        sample = np.concatenate(parts)
+        # Eight standard deviations: neighbours are alike, so a stretch says less than it holds.
+        spread = 8.0 * (len(sample) * share * (1.0 - share)) ** 0.5 + 2.0
+        rank = len(sample) * (1.0 - share)
+        low, high = int(rank - spread), int(rank + spread)
+        # Sorting the whole sample would take longer than looking through a small tensor.
+        sample.partition(sorted({min(max(at, 0), len(sample) - 1) for at in (low, high)}))
+        ranges.append(
+            (
+                int(sample[low]) if low >= 0 else 0,
+                int(sample[high]) if high < len(sample) else 0x7FFFFFFF,
+            )
+        )
+    return ranges
 
 
 def _classes(
-    delta: Callable[[Piece], Tensor], pieces: Sequence[Piece], count: int, run: Run
-) -> tuple[int, int]:
+    deltas: Deltas, models: int, pieces: Sequence[Piece], count: int, run: Run, step: int
+) -> list[tuple[int, int]]:
     """The class of leading bits that holds the count-th largest, by counting all of them."""
 
     def look(piece: Piece) -> np.ndarray:
-        counts = np.zeros(1 << 16, dtype=np.int64)
-        for stride in _strides(piece):
-            counts += np.bincount(magnitude_bits(delta(stride)) >> _LOW, minlength=1 << 16)
+        counts = np.zeros((models, 1 << 16), dtype=np.int64)
+        for stride in _strides(piece, step):
+            for mine, delta in zip(counts, deltas(stride), strict=True):
+                mine += np.bincount(magnitude_bits(delta) >> _LOW, minlength=1 << 16)
         return counts
 
-    counts = np.zeros(1 << 16, dtype=np.int64)
+    counts = np.zeros((models, 1 << 16), dtype=np.int64)
     for mine in run(look, pieces):
         counts += mine
-    digit = (1 << 16) - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), count))
-    return digit << _LOW, (digit << _LOW) + (1 << _LOW) - 1
+    digits = [(1 << 16) - 1 - int(np.searchsorted(np.cumsum(c[::-1]), count)) for c in counts]
+    return [(digit << _LOW, (digit << _LOW) + (1 << _LOW) - 1) for digit in digits]
 
 
-def _strides(piece: Piece) -> list[Piece]:
+def _strides(piece: Piece, step: int) -> list[Piece]:
     start, stop = piece
-    return [(at, min(at + STRIDE, stop)) for at in range(start, stop, STRIDE)]
+    return [(at, min(at + step, stop)) for at in range(start, stop, step)]
