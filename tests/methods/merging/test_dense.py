@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from guywire.methods.merging import _dense
-from guywire.methods.merging._limits import Limit, find_limit
+from guywire.methods.merging import _dense, _limits
+from guywire.methods.merging._limits import Limit, find_limit, find_limits
 from guywire.methods.merging.edits import Change, add, elect
 
 N = 5000
@@ -88,3 +88,29 @@ def test_ties_are_kept_in_order_from_stride_to_stride(stride: int) -> None:
         == delta.abs().sort(descending=True, stable=True)[1][: N // 4].sort()[0].tolist()
     )
     assert limit.kept(delta, 0).tolist() == kept.tolist()
+
+
+def test_models_whose_sample_misleads_are_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_limits, "_SAMPLE", 64)
+    monkeypatch.setattr(_limits, "_STRETCH", 4)
+    again: list[int] = []
+    classes = _limits._classes
+    monkeypatch.setattr(
+        _limits, "_classes", lambda some, n, *rest: (again.append(n), classes(some, n, *rest))[1]
+    )
+    g = torch.Generator().manual_seed(7)
+    fair = torch.randn(N, generator=g)
+    unfair = torch.randn(N, generator=g)
+    sparse = torch.where(torch.arange(N) % 50 == 0, fair, 0.0)
+    pieces = [(at, min(at + 2000, N)) for at in range(0, N, 2000)]
+    seen = np.concatenate(  # where the sample looks
+        [np.linspace(a, b - 4, 5).astype(int)[:, None] + np.arange(4) for a, b in pieces]
+    )
+    unfair[seen.ravel()] = 100.0
+    every = [fair, unfair, sparse]
+    found = find_limits(lambda p: [d[p[0] : p[1]] for d in every], 3, pieces, N // 10, map, 300)
+    assert again == [1]
+    for delta, limit in zip(every, found, strict=True):
+        kept = torch.cat([limit.kept(delta[a:b], a) + a for a, b in pieces])
+        order = delta.abs().sort(descending=True, stable=True)[1]
+        assert kept.tolist() == order[: N // 10].sort()[0].tolist()

@@ -25,6 +25,7 @@ from guywire.methods.merging import (
     q_star,
     wanda_mask,
 )
+from guywire.methods.merging import merge as merge_module
 from guywire.methods.merging.masks import BLOCK, keep_mask
 
 Tensors = dict[str, torch.Tensor]
@@ -279,9 +280,13 @@ def sharded(folder: Path, parts: list[Tensors]) -> Path:
 
 
 @pytest.mark.parametrize("method", ["dare", "dare-ties", "magnitude"])
-def test_threads_shards_and_order_change_nothing(tmp_path: Path, method: str) -> None:
+def test_threads_shards_and_order_change_nothing(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = family(tmp_path, 2, torch.bfloat16, BIG | SHAPES)
-    merge_checkpoints(base, tuned, tmp_path / "one", method=method, rate=0.9, threads=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "_SMALL", 0)  # tensors one by one, each on all threads
+        merge_checkpoints(base, tuned, tmp_path / "one", method=method, rate=0.9, threads=1)
     merge_checkpoints(base, tuned, tmp_path / "two", method=method, rate=0.9, threads=2)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     whole = read(base)
