@@ -32,9 +32,9 @@ def pruned(changes: list[Change], limits: list[Limit]) -> tuple[list, list, list
     return deltas, masks, kept
 
 
-def limits_of(changes: list[Change], share: float) -> list[Limit]:
+def limits_of(changes: list[Change], share: float, n: int = N) -> list[Limit]:
     return [
-        find_limit(lambda p, c=c: c.at()[p[0] : p[1]], [(0, N)], round(share * N), map)
+        find_limit(lambda p, c=c: c.at()[p[0] : p[1]], [(0, n)], round(share * n), map)
         for c in changes
     ]
 
@@ -114,3 +114,14 @@ def test_models_whose_sample_misleads_are_counted_again(monkeypatch: pytest.Monk
         kept = torch.cat([limit.kept(delta[a:b], a) + a for a, b in pieces])
         order = delta.abs().sort(descending=True, stable=True)[1]
         assert kept.tolist() == order[: N // 10].sort()[0].tolist()
+
+
+def test_changes_that_vanish_leave_a_negative_zero_as_sums_from_zero_do() -> None:
+    base, tuned = torch.full((8,), -0.0), torch.full((8,), -1e-45)
+    changes = [Change(base, tuned), Change(base, tuned)]
+    want, got = base.clone(), base.clone()
+    deltas, masks, kept = pruned(changes, limits_of(changes, 1.0, 8))
+    add(base, changes, kept, [0.5, 0.5], want)
+    _dense.put(got, masks, _dense.added(base, deltas, [0.5, 0.5]))
+    assert not want.signbit().any()
+    assert same(got, want)
