@@ -182,3 +182,23 @@ def test_reports_of_ones_own_with_a_t5_of_ones_own(run, tmp_path):
     assert cells["texts", "b_test_pairs"] == 6  # three whole subjects of thirty
     assert cells["texts", "a_train_pairs"] == cells["texts", "b_train_pairs"]
     assert ("Fisher, decreasing, many pairs", "test_loss") in cells
+
+
+@pytest.mark.multiprocess
+def test_several_studies_share_two_processes_and_answer_as_alone(run, tmp_path):
+    text = Path(COIN).read_text().replace('slug="falling-coin"', 'slug="other-coin"')
+    (tmp_path / "other.py").write_text(text)
+    (tmp_path / "lost.py").write_text(
+        text.replace('"explode": ""', '"explode": "held"').replace("other-coin", "lost-coin")
+    )
+    code, out, _ = run(COIN, "other.py", "lost.py", "other.py", "--workers", "2", "--json")
+    document = json.loads(out)
+    assert code == 1
+    assert [study["slug"] for study in document["studies"]] == ["falling-coin", "other-coin"]
+    assert [entry["study"] for entry in document["failed"]] == ["lost.py"]
+    assert "the coin is lost" in document["failed"][0]["error"]
+    _, alone, _ = run("other.py", "--workers", "1", "--fresh", "--json")
+    again = json.loads(alone)["studies"][0]
+    assert [c["allows"] for c in again["claims"]] == [
+        c["allows"] for c in document["studies"][1]["claims"]
+    ]

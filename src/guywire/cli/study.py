@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +80,7 @@ def study(
     if listing:
         _print_list(as_json)
         return
-    names = list(slugs or [])
+    names = list(dict.fromkeys(slugs or ()))
     if everything:
         names += [slug for slug in STUDIES if slug not in names]
     if not names and not report:
@@ -117,46 +119,79 @@ def study(
 
 
 def _run(
-    names: list[str], out: Path, *, quiet: bool, **arguments: Any
+    names: list[str], out: Path, *, quiet: bool, workers: int | None, **arguments: Any
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Run the studies one after another; one that fails does not keep the others from running."""
+    """Run the studies; one that fails does not keep the others from running."""
     from guywire.lab.studies import load
-    from guywire.lab.studies.runner import resolve, run_study
+    from guywire.lab.studies.runner import resolve
 
     for name in names:  # refuse wrong words before anything runs
         resolve(load(name), smoke=arguments["smoke"], overrides=arguments["overrides"])
-    results, broken = [], []
-    for name in names:
+    results: dict[str, dict[str, Any]] = {}
+    broken: list[dict[str, str]] = []
+    with _Progress() as progress:
+        for name, result in _each(names, out, progress, workers, arguments):
+            if isinstance(result, GuywireError):
+                if len(names) == 1 or isinstance(result, UsageError):
+                    raise result
+                broken.append({"study": name, "error": str(result)})
+                console.log().print(f"{name}: {result}", style="red", markup=False)
+                continue
+            results[name] = _plain(result)
+            if not quiet:
+                _print_result(result)
+    return [results[name] for name in names if name in results], broken
+
+
+def _each(
+    names: list[str],
+    out: Path,
+    progress: _Progress,
+    workers: int | None,
+    arguments: dict[str, Any],
+) -> Iterator[tuple[str, dict[str, Any] | GuywireError]]:
+    """Yield what came of each study as it ends, several at a time over one crew of processes."""
+    from guywire.lab.studies.pool import crew_of
+    from guywire.lab.studies.runner import cores, run_study
+
+    def one(name: str, **more: Any) -> dict[str, Any] | GuywireError:
         try:
-            with _Progress(name) as progress:
-                result = run_study(name, out, progress=progress, **arguments)
-        except UsageError:
-            raise
+            return run_study(name, out, progress=progress.of(name), **more, **arguments)
         except GuywireError as error:
-            if len(names) == 1:
-                raise
-            broken.append({"study": name, "error": str(error)})
-            console.log().print(f"{name}: {error}", style="red", markup=False)
-            continue
-        results.append(_plain(result))
-        if not quiet:
-            _print_result(result)
-    return results, broken
+            return error
+        finally:
+            progress.ended(name)
+
+    count = workers or cores()
+    if len(names) < 2 or count < 2:
+        for name in names:
+            yield name, one(name, workers=workers)
+        return
+    # One study more than there are processes: enough to fill the waits at the ends of stages.
+    with crew_of(count) as crew, ThreadPoolExecutor(count + 1) as threads:
+        futures = {threads.submit(one, name, crew=crew): name for name in names}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:  # Ctrl-C: end the processes first, or the threads wait for them
+            threads.shutdown(wait=False, cancel_futures=True)
+            crew.stop(kill=True)
+            raise
 
 
 class _Progress:
-    """Units done of those known so far, on standard error: a bar, or lines where nobody looks on."""
+    """Units done of those known so far, on standard error: bars, or lines where nobody looks on."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            TaskID,
             TextColumn,
             TimeElapsedColumn,
         )
 
-        self._title = Path(title).stem
         self._screen = console.log()
         self._bar = Progress(
             TextColumn("{task.fields[title]}"),
@@ -167,7 +202,7 @@ class _Progress:
             console=self._screen,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", title=self._title, total=None)
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Progress:
         if self._screen.is_terminal:
@@ -177,10 +212,21 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, known: int, text: str) -> None:
-        self._bar.update(self._task, completed=done, total=known, description=text[:60])
-        if text and not self._screen.is_terminal:
-            self._screen.print(f"{self._title}: {done} of {known} units, {text}", markup=False)
+    def of(self, name: str) -> Callable[[int, int, str], None]:
+        """Return what a study tells its progress to."""
+        title = Path(name).stem
+        task = self._tasks[name] = self._bar.add_task("starting", title=title, total=None)
+
+        def tell(done: int, known: int, text: str) -> None:
+            self._bar.update(task, completed=done, total=known, description=text[:60])
+            if text and not self._screen.is_terminal:
+                self._screen.print(f"{title}: {done} of {known} units, {text}", markup=False)
+
+        return tell
+
+    def ended(self, name: str) -> None:
+        """Take a study's bar away."""
+        self._bar.remove_task(self._tasks.pop(name))
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 from guywire.core.errors import GuywireError
 from guywire.lab.studies import module_of
 from guywire.lab.studies.cache import Cache
+from guywire.lab.studies.crew import Crew
 from guywire.lab.studies.study import Unit, Work
 
-__all__ = ["Pool", "Progress", "StudyError"]
+__all__ = ["Pool", "Progress", "StudyError", "crew_of"]
 
 Progress = Callable[[int, int, str], None]
 """Called with units done, units known so far, and what is going on."""
@@ -30,6 +31,18 @@ Progress = Callable[[int, int, str], None]
 
 class StudyError(GuywireError):
     """A unit of a study failed."""
+
+
+def crew_of(workers: int) -> Crew:
+    """Return processes that can work on units, with one thread each.
+
+    Args:
+        workers: how many.
+
+    Returns:
+        A crew, to be used as a context manager.
+    """
+    return Crew(workers, _prepare)
 
 
 class Pool:
@@ -41,6 +54,7 @@ class Pool:
         settings: as resolved.
         cache: of finished units.
         workers: how many processes; 1 works in this one.
+        crew: processes shared with other studies, in place of ``workers`` of its own.
         progress: told of every unit.
     """
 
@@ -52,6 +66,7 @@ class Pool:
         cache: Cache,
         *,
         workers: int,
+        crew: Crew | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.records: dict[str, dict[str, Any]] = {}
@@ -61,18 +76,20 @@ class Pool:
         self._workers = workers
         self._progress = progress
         self._known = 0
-        self._executor: ProcessPoolExecutor | None = None
+        self._crew = crew
+        self._own = crew is None
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._executor is not None:
-            if kind is not None:
-                for process in list((self._executor._processes or {}).values()):
-                    process.terminate()
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
+        if self._crew is None:
+            return
+        if self._own:
+            self._crew.stop(kill=kind is not None)
+            self._crew = None
+        else:
+            self._crew.drop(self)
 
     def execute(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """Run units, less those finished before.
@@ -100,7 +117,7 @@ class Pool:
         if todo:
             self._tell("")
             ordered = sorted(todo.items(), key=lambda item: -item[1].cost)
-            if self._workers == 1:
+            if self._crew is None and self._workers == 1:
                 self._here(ordered)
             else:
                 self._there(ordered)
@@ -122,13 +139,12 @@ class Pool:
             torch.set_num_threads(threads)
 
     def _there(self, ordered: Sequence[tuple[str, Unit]]) -> None:
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self._workers, multiprocessing.get_context("spawn"), initializer=_prepare
-            )
-        pending: dict[Future[dict[str, Any]], tuple[str, Unit]] = {
-            self._executor.submit(_work, *self._task, unit): (key, unit) for key, unit in ordered
-        }
+        if self._crew is None:
+            self._crew = crew_of(self._workers)
+        calls = [(*self._task, unit) for _, unit in ordered]
+        pending: dict[Future[dict[str, Any]], tuple[str, Unit]] = dict(
+            zip(self._crew.submit(self, _work, calls), ordered, strict=True)
+        )
         failure: BaseException | None = None
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -138,6 +154,10 @@ class Pool:
                     self._finish(key, unit, future.result())
                 except GuywireError as error:
                     failure = failure or error
+                except CancelledError as error:
+                    failure = failure or StudyError(
+                        f"stopped before {_words(unit)}: what had finished is kept"
+                    ).with_traceback(error.__traceback__)
                 except BrokenProcessPool as error:
                     failure = failure or StudyError(
                         f"a worker died in {_words(unit)}: perhaps memory ran out; run again with "

@@ -19,11 +19,12 @@ from guywire.core.errors import UsageError
 from guywire.lab.studies import load, module_of
 from guywire.lab.studies.bench import Bench, Choice
 from guywire.lab.studies.cache import Cache, default_folder, fingerprint
+from guywire.lab.studies.crew import Crew
 from guywire.lab.studies.pool import Pool, Progress
 from guywire.lab.studies.statistics import Row, Table
 from guywire.lab.studies.study import Claim, Study
 
-__all__ = ["FORMAT", "resolve", "run_study"]
+__all__ = ["FORMAT", "cores", "resolve", "run_study"]
 
 FORMAT = 1
 """Version of the result file."""
@@ -37,6 +38,7 @@ def run_study(
     seeds: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     workers: int | None = None,
+    crew: Crew | None = None,
     fresh: bool = False,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -50,6 +52,7 @@ def run_study(
         seeds: how many; the study's own number by default.
         overrides: settings to replace.
         workers: processes; one a core by default.
+        crew: processes shared with other studies, in place of ``workers``.
         fresh: forget what was computed before.
         cache: of finished units; the user's cache folder by default.
         progress: told of every unit.
@@ -74,7 +77,13 @@ def run_study(
     )
     store.open(fresh=fresh)
     with Pool(
-        name, study.slug, settings, store, workers=workers or _cores(), progress=progress
+        name,
+        study.slug,
+        settings,
+        store,
+        workers=workers or cores(),
+        crew=crew,
+        progress=progress,
     ) as pool:
         bench = Bench(settings, range(count), pool.execute, smoke=smoke)
         study.run(bench)
@@ -236,7 +245,7 @@ def _versions(study: Study) -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": _cores(),
+        "cores": cores(),
     }
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -252,7 +261,12 @@ def _machine() -> dict[str, Any]:
     return machine
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many cores this process may use.
+
+    Returns:
+        At least one.
+    """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
