@@ -204,6 +204,14 @@ def _compare(
     out: Annotated[
         Path | None, _option("--out", text="The run's folder; by default new in runs/.", panel=_RUN)
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        _option(
+            "--track",
+            text="mlflow, tensorboard, trackio, or package.module:Class; several with commas.",
+            panel=_RUN,
+        ),
+    ] = None,
     resume: Annotated[
         bool, _option("--resume", text="Go on with the run in --out.", panel=_RUN)
     ] = False,
@@ -237,16 +245,17 @@ def _compare(
         "workers": workers,
         "threads": threads,
         "out": None if out is None else str(out),
+        "track": track or None,
     }
     raise typer.Exit(_run(config, flags, resume, as_json))
 
 
 def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) -> int:
-    from guywire.lab import training
+    from guywire.lab import tracking, training
 
     config = _settings(file, flags, resume)
     folder: Path | None = None
-    with Display() as display:
+    with Display() as display, tracking.Follower(config.track, display.remark) as follower:
 
         def begun(path: Path, resolved: training.CompareConfig, stream: Any) -> None:
             nonlocal folder
@@ -254,11 +263,13 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
             total = len(resolved.methods) * len(resolved.seed_list)
             already = len(list(path.glob("trials/*/result.json")))
             display.begin(path, total, already)
+            follower.begin(path, resolved)
 
         def done(outcome: training.Outcome) -> None:
             result = outcome.result
             accuracy = None if result is None else result["metrics"]["accuracy"]
             display.done(outcome.spec.id, outcome.error, accuracy)
+            follower.trial(outcome)
 
         try:
             found = training.compare(
@@ -270,10 +281,12 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
                 tick=display.tick,
             )
         except KeyboardInterrupt:
+            follower.end("interrupted")
             where = "" if folder is None else _resume_command(folder)
             sys.stderr.write(f"\nguywire: interrupted{where}\n")
             return 130
-    report = _report(found.folder)
+        report = _report(found.folder)
+        follower.end("failed" if found.failed else "done", found.table, found.failed)
     if as_json:
         console.print_json(
             {

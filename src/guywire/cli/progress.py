@@ -76,6 +76,14 @@ class Display:
             self.log.print(f"{self.ended}/{self.total} {name}{shown}", markup=False)
         self.tick(force=True)
 
+    def remark(self, text: str) -> None:
+        """Say something beside the bar.
+
+        Args:
+            text: a sentence.
+        """
+        self.log.print(text, markup=False)
+
     def tick(self, force: bool = False) -> None:
         """Look again.
 

@@ -157,6 +157,8 @@ class CompareConfig(Training):
         seed: of the whole comparison.
         workers: processes; 0 runs all in this one, ``None`` takes one a CPU core.
         out: the run's folder; ``None`` makes one in ``runs``.
+        track: who is told what happens: ``mlflow``, ``tensorboard``, ``trackio``, or
+            ``package.module:Class``.
 
     Example:
         >>> CompareConfig(methods=("finetune", "ewc"), seeds=3).seed_list
@@ -171,6 +173,17 @@ class CompareConfig(Training):
     seed: int = Field(default=0, ge=0)
     workers: int | None = Field(default=None, ge=0)
     out: str | None = None
+    track: tuple[str, ...] = ()
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            return value
+        words = [word.strip() for several in value for word in several.split(",")]
+        return tuple(dict.fromkeys(word for word in words if word))
 
     @field_validator("methods", mode="before")
     @classmethod

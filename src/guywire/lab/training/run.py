@@ -24,7 +24,7 @@ __all__ = ["RunFolder", "default_folder", "list_runs"]
 
 _CONFIG, _RUN, _STREAM = "config.toml", "run.json", "stream.json"
 # What may differ when a run is resumed: none of these changes a result.
-_FREE = ("workers", "out", "checkpoint")
+_FREE = ("workers", "out", "checkpoint", "track")
 _PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "scikit-learn", "transformers")
 
 
