@@ -7,6 +7,7 @@ from guywire.core.errors import GuywireError
 from guywire.core.losses import masked_cross_entropy, sigmoid_cross_entropy
 from guywire.core.regularizer import Regularizer
 from guywire.core.selection import select
+from guywire.core.sharded import gathered, sharded_state
 from guywire.methods.adapters import (
     PEGO,
     PELA,
@@ -106,6 +107,7 @@ __all__ = [
     "flip_budget",
     "fold_factors",
     "fold_mask",
+    "gathered",
     "gem_project",
     "geodesic_overlap",
     "gradient_dropout",
@@ -134,6 +136,7 @@ __all__ = [
     "save_mask",
     "schedules",
     "select",
+    "sharded_state",
     "sigmoid_cross_entropy",
     "smallest_masks",
     "split_update",

@@ -88,6 +88,8 @@ class Regularizer:
     """Extra memory, in multiples of the selected parameters."""
     passes: ClassVar[str] = "0"
     """Extra passes over the data."""
+    per_process: ClassVar[bool] = False
+    """Whether what was learnt differs between processes (a memory of samples)."""
 
     def setup(self, model: nn.Module) -> None:
         """Bind to a model: called by ``attach``, each time.

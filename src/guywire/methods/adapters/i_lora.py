@@ -110,6 +110,7 @@ class ILoRA(Regularizer):
     place: ClassVar[str] = "loss"
     memory: ClassVar[str] = "1 (of the adapters), and the samples"
     passes: ClassVar[str] = "1 forward and backward and 1 forward a step"
+    per_process: ClassVar[bool] = True
 
     def __init__(
         self,

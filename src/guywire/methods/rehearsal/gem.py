@@ -145,6 +145,7 @@ class GEM(Regularizer):
     place: ClassVar[str] = "step"
     memory: ClassVar[str] = "1 a past task, and the samples"
     passes: ClassVar[str] = "1 forward and backward a past task, a step"
+    per_process: ClassVar[bool] = True
 
     def __init__(
         self,

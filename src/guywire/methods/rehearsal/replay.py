@@ -74,6 +74,7 @@ class Replay(Regularizer):
     place: ClassVar[str] = "loss"
     memory: ClassVar[str] = "0, and the samples"
     passes: ClassVar[str] = "1 forward and backward a step"
+    per_process: ClassVar[bool] = True
 
     def __init__(
         self,
