@@ -71,3 +71,16 @@ def is_above(frame: FrameType, below: FrameType | None) -> bool:
             return True
         below = below.f_back
     return False
+
+
+def only_for_show(frame: FrameType | None) -> bool:
+    """Tell whether a step is the one, at rate zero, that makes an optimiser's state appear."""
+    # torch.distributed.checkpoint.state_dict.get_state_dict calls it on a fresh optimiser. It is no
+    # step of the training, and what is loaded afterwards replaces the moments that it leaves.
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False

@@ -303,7 +303,7 @@ class Wires:
             number=self.steps,
             evaluation=evaluation,
             scale=1.0 if scale is None else float(scale),
-            skipped=found is not None and bool(found),
+            skipped=(found is not None and bool(found)) or _stepping.only_for_show(self._frame),
         )
 
     def _check_arguments(self) -> None:
