@@ -158,7 +158,7 @@ def build(spec: TrialSpec, criterion: Criterion) -> Arm:
             continue
         known = inspect.signature(cls).parameters
         if "seed" in known:
-            values.setdefault("seed", seed_of(spec.run_seed, spec.id, name) % (1 << 31))
+            values.setdefault("seed", seed_of(spec.run_seed, spec.dice, name) % (1 << 31))
         if "criterion" in known:
             values["criterion"] = criterion.replayed
         if "kind" in known and spec.loss == "sigmoid" and "sigmoid" in _choices(cls, "kind"):

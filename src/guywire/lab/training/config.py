@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from guywire.core.errors import DataError, UsageError, need
 from guywire.lab.streams import StreamConfig
+from guywire.lab.training.ray_settings import RayConfig, parse_on
+from guywire.lab.training.sweep.config import SweepConfig, mask
 
 __all__ = [
     "CheckpointConfig",
@@ -129,6 +131,8 @@ class TrialSpec(Training):
         options: settings of the method's parts: part to option to value.
         seed: the number of the repetition.
         run_seed: the seed of the whole comparison.
+        sweep: the number of the values that a sweep tries; such a trial is evaluated on validation
+            data and never sees test data. ``None`` is a trial of the comparison itself.
     """
 
     stream: StreamConfig = StreamConfig()
@@ -137,10 +141,17 @@ class TrialSpec(Training):
     options: dict[str, Options] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0)
     run_seed: int = Field(default=0, ge=0)
+    sweep: int | None = Field(default=None, ge=0)
 
     @property
     def id(self) -> str:
         """The name of the trial and of its folder."""
+        number = "" if self.sweep is None else f"-{self.sweep}"
+        return f"{self.method}{number}-seed{self.seed}"
+
+    @property
+    def dice(self) -> str:
+        """What names the method's own random draws: the same for all values that a sweep tries."""
         return f"{self.method}-seed{self.seed}"
 
 
@@ -154,9 +165,12 @@ class CompareConfig(Training):
         options: settings of methods: name to option to value. A table with the key ``method`` makes
             a new name: ``options.strong-ewc = {method = "ewc", strength = 1e4}``.
         seeds: repetitions: so many, or which.
+        sweep: how strengths are tuned before; ``None`` takes them as they are.
         seed: of the whole comparison.
         workers: processes; 0 runs all in this one, ``None`` takes one a CPU core.
         out: the run's folder; ``None`` makes one in ``runs``.
+        on: where trials run: ``local``, ``ray``, ``ray://auto`` or ``ray://HOST:PORT``.
+        ray: what a trial asks of a Ray cluster.
         track: who is told what happens: ``mlflow``, ``tensorboard``, ``trackio``, or
             ``package.module:Class``.
 
@@ -173,6 +187,9 @@ class CompareConfig(Training):
     seed: int = Field(default=0, ge=0)
     workers: int | None = Field(default=None, ge=0)
     out: str | None = None
+    sweep: SweepConfig | None = None
+    on: str = "local"
+    ray: RayConfig = RayConfig()
     track: tuple[str, ...] = ()
 
     @field_validator("track", mode="before")
@@ -184,6 +201,12 @@ class CompareConfig(Training):
             return value
         words = [word.strip() for several in value for word in several.split(",")]
         return tuple(dict.fromkeys(word for word in words if word))
+
+    @field_validator("on")
+    @classmethod
+    def _place(cls, value: str) -> str:
+        parse_on(value)
+        return value
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -213,26 +236,46 @@ class CompareConfig(Training):
         """The numbers of the repetitions."""
         return tuple(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
-    def trials(self) -> list[TrialSpec]:
+    def trials(self, tuned: Mapping[str, dict[str, Options]] | None = None) -> list[TrialSpec]:
         """Return the trials, all methods of the first seed first.
+
+        Args:
+            tuned: the options that a method runs with, where a sweep has chosen them.
 
         Returns:
             One spec a method and seed; ``model`` must be resolved.
         """
-        shared = {name: getattr(self, name) for name in Training.model_fields}
         return [
-            TrialSpec(
-                **shared,
-                stream=self.stream,
-                model=self.model or "mlp",
-                method=method,
-                options=self.options,
-                seed=seed,
-                run_seed=self.seed,
-            )
+            self.trial(method, seed, (tuned or {}).get(method))
             for seed in self.seed_list
             for method in self.methods
         ]
+
+    def trial(
+        self, method: str, seed: int, options: dict[str, Options] | None = None, **changes: Any
+    ) -> TrialSpec:
+        """Return one trial.
+
+        Args:
+            method: its name.
+            seed: the number of the repetition.
+            options: in place of the comparison's.
+            changes: to other fields of the spec.
+
+        Returns:
+            The spec.
+        """
+        shared = {name: getattr(self, name) for name in Training.model_fields}
+        fields = {
+            **shared,
+            "stream": self.stream,
+            "model": self.model or "mlp",
+            "method": method,
+            "options": self.options if options is None else options,
+            "seed": seed,
+            "run_seed": self.seed,
+        }
+        return TrialSpec(**{**fields, **changes})
 
 
 def parse(model: type[M], values: Mapping[str, Any], where: str = "") -> M:
@@ -377,7 +420,8 @@ def _sentence(model: type[BaseModel], error: Any, where: str) -> str:
     keys = _keys(model, path)
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{prefix}{'.'.join(keys)} = {error['input']!r}: {message}"
+    shown = "***" if keys[-1] == "password" else mask(repr(error["input"]))
+    return f"{prefix}{'.'.join(keys)} = {shown}: {message}"
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from guywire.lab.streams import Split, Stream
 from guywire.lab.training.config import EvaluationConfig
 from guywire.lab.training.seeding import seed_of
 
-__all__ = ["accuracy", "matrix_row", "monitor", "summary", "task_given"]
+__all__ = ["accuracy", "matrix_row", "monitor", "on_validation", "summary", "task_given"]
 
 Row = list[float | None]
 
@@ -78,6 +79,19 @@ def matrix_row(model: nn.Module, stream: Stream, trained: int) -> tuple[Row, flo
         row.append(hits / size)
         right, total = right + hits, total + size
     return row, right / total
+
+
+def on_validation(stream: Stream) -> Stream:
+    """Return a stream without its test data: validation data stand in their place.
+
+    Args:
+        stream: any.
+
+    Returns:
+        A stream on which settings may be chosen; the given one is left as it is.
+    """
+    tasks = tuple(dataclasses.replace(task, test=task.valid) for task in stream.tasks)
+    return dataclasses.replace(stream, tasks=tasks)
 
 
 def monitor(

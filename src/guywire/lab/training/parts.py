@@ -29,6 +29,8 @@ class Part:
         defaults: options that differ from the class's own defaults.
         alone: it cannot be combined with others.
         adapted: it trains LoRA adapters and the head, and takes the options of those as well.
+        ranges: option to the lowest and the highest value that a sweep tries, if it is told nothing
+            else, evenly spaced on a logarithmic scale.
         own_loop: it wants a model or data that ``compare`` does not have: for a loop of one's own.
     """
 
@@ -40,6 +42,7 @@ class Part:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     alone: bool = False
     adapted: bool = False
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     own_loop: bool = False
 
     @property
@@ -101,6 +104,7 @@ _ALL = (
         "little: all weights are held alike.",
         "L2",
         {"strength": 0.1},
+        ranges={"strength": (0.001, 10.0)},
     ),
     Part(
         "l1",
@@ -109,6 +113,7 @@ _ALL = (
         "As l2, when a sparse change of the weights is wanted.",
         "L1",
         {"strength": 0.001},
+        ranges={"strength": (0.00001, 0.1)},
     ),
     Part(
         "ewc",
@@ -118,6 +123,7 @@ _ALL = (
         "streams no penalty on weights alone keeps old classes alive.",
         "EWC",
         {"strength": 100.0},
+        ranges={"strength": (1.0, 10000.0)},
     ),
     Part(
         "hft",
@@ -153,6 +159,7 @@ _ALL = (
         "When old data may not be kept. Kind sigmoid goes with --loss sigmoid (LwF.MC).",
         "PredictionDistillation",
         {"strength": 10.0},
+        ranges={"strength": (0.1, 30.0)},
     ),
     Part(
         "feature-distillation",
@@ -161,6 +168,7 @@ _ALL = (
         "To hold the representation rather than the outputs; the head must be helped otherwise.",
         "FeatureDistillation",
         {"strength": 0.001},
+        ranges={"strength": (0.0001, 1.0)},
     ),
     Part(
         "replay",
