@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from guywire.cli import console
+from guywire.cli import console, sweeps
 from guywire.cli.progress import Display
 from guywire.core.errors import GuywireError, MissingExtraError, UsageError
 
@@ -38,6 +39,10 @@ camera --scenario domain`
 --option replay.capacity=50`
 
 - `guywire compare study.toml --seeds 10` : settings from a file, one of them overridden
+
+- `guywire compare study.toml --on ray://head:10001` : the trials run on a Ray cluster
+
+- `guywire compare sweep.toml` : strengths tuned on validation data first, by a table `[sweep]`
 
 - `guywire compare --out runs/x --resume` : go on with a run that was stopped or killed
 
@@ -198,6 +203,24 @@ def _compare(
             "--workers", text="Processes; by default one a core; 0: none.", panel=_RUN, metavar="N"
         ),
     ] = None,
+    on: Annotated[
+        str | None,
+        _option(
+            "--on",
+            text="Where trials run: local, ray (one is started here, or $RAY_ADDRESS), ray://auto or "
+            "ray://HOST:PORT.",
+            panel=_RUN,
+        ),
+    ] = None,
+    resources: Annotated[
+        str | None,
+        _option(
+            "--resources",
+            text="What a trial asks of Ray, as JSON: '{\"GPU\": 1}'.",
+            panel=_RUN,
+            metavar="JSON",
+        ),
+    ] = None,
     threads: Annotated[
         str | None, _option("--threads", text="Threads of each trial.", panel=_RUN, metavar="N")
     ] = None,
@@ -243,6 +266,8 @@ def _compare(
         "seed": seed,
         "seeds": seeds,
         "workers": workers,
+        "on": on,
+        "ray": _resources(resources),
         "threads": threads,
         "out": None if out is None else str(out),
         "track": track or None,
@@ -260,8 +285,10 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
         def begun(path: Path, resolved: training.CompareConfig, stream: Any) -> None:
             nonlocal folder
             folder = path
-            total = len(resolved.methods) * len(resolved.seed_list)
-            already = len(list(path.glob("trials/*/result.json")))
+            total = len(resolved.methods) * len(resolved.seed_list) + sweeps.count(resolved)
+            already = sum(
+                1 for part in ("trials", "sweep") for _ in path.glob(f"{part}/*/result.json")
+            )
             display.begin(path, total, already)
             follower.begin(path, resolved)
 
@@ -269,7 +296,8 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
             result = outcome.result
             accuracy = None if result is None else result["metrics"]["accuracy"]
             display.done(outcome.spec.id, outcome.error, accuracy)
-            follower.trial(outcome)
+            if outcome.spec.sweep is None:
+                follower.trial(outcome)
 
         try:
             found = training.compare(
@@ -283,7 +311,8 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
         except KeyboardInterrupt:
             follower.end("interrupted")
             where = "" if folder is None else _resume_command(folder)
-            sys.stderr.write(f"\nguywire: interrupted{where}\n")
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                sys.stderr.write(f"\nguywire: interrupted{where}\n")
             return 130
         report = _report(found.folder)
         follower.end("failed" if found.failed else "done", found.table, found.failed)
@@ -294,6 +323,7 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
                 "run": str(found.folder),
                 "report": None if report is None else str(report),
                 "failed": found.failed,
+                **({} if found.sweep is None else {"sweep": found.sweep}),
             }
         )
     elif found.table:
@@ -319,7 +349,13 @@ def _settings(file: Path | None, flags: dict[str, Any], resume: bool) -> Any:
         if out is None:
             raise UsageError("--resume needs the folder of the run: add --out FOLDER")
         if file is None:
-            base = RunFolder(Path(out)).stored() or {}
+            stored = RunFolder(Path(out)).stored()
+            if stored is None and not given.keys() - {"out", "workers", "track"}:
+                raise UsageError(
+                    f"there is no run to resume in {out}: check the path, or name the settings again "
+                    "(with them, --resume starts a run where there is none)"
+                )
+            base = stored or {}
     return settings.parse(settings.CompareConfig, settings.merge(base, given))
 
 
@@ -353,6 +389,12 @@ def _options(words: list[str]) -> dict[str, Any]:
     return table
 
 
+def _resources(word: str | None) -> dict[str, Any]:
+    from guywire.lab.training.ray_settings import parse_resources
+
+    return {} if word is None else parse_resources(word)
+
+
 def _report(folder: Path) -> Path | None:
     try:
         from guywire.lab.report import render
@@ -381,6 +423,8 @@ def _print(found: Any, report: Path | None) -> None:
     screen = console.out()
     title = f"{config.stream.data}, {config.stream.scenario}-incremental, {config.model}: {how}"
     screen.print(results_table(found.table, escape(title)))
+    if found.sweep is not None:
+        sweeps.show(screen, found.sweep)
     screen.print(f"run     {found.folder}", markup=False)
     if report is not None:
         screen.print(f"report  {report}", markup=False)

@@ -96,7 +96,8 @@ class Display:
         self._read_at = now
         running = []
         share = float(self.ended)
-        for path in sorted(self.trials.glob("*/progress.json")):
+        folders = (self.trials, self.trials.with_name("sweep"))
+        for path in sorted(p for folder in folders for p in folder.glob("*/progress.json")):
             if (path.parent / "result.json").exists() or (path.parent / "error.json").exists():
                 continue
             with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):

@@ -12,6 +12,7 @@ the target and flushes the folder. A crash, a kill or a full disk leaves the old
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from guywire.core.errors import CheckpointError, need
 
 __all__ = [
     "Tree",
+    "cannot_write",
     "load",
     "save",
     "write_bytes",
@@ -39,6 +41,8 @@ Tree = Any
 """dict (with str or int keys), list, tuple, bool, int, float, str, ``None`` and tensors, nested."""
 
 _FORMAT = "guywire-1"
+_LARGEST_HEADER = 100 << 20  # what the safetensors library allows, too
+_MOST_DIMENSIONS = 64
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -106,6 +110,11 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
     }
     header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > _LARGEST_HEADER:
+        raise CheckpointError(
+            f"the structure of {path} takes {len(header) >> 20} MiB, and 100 are readable: put long "
+            "lists of numbers into tensors"
+        )
     with _replacing(Path(path)) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
@@ -135,7 +144,11 @@ def load(path: str | os.PathLike[str]) -> Tree:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except MemoryError as error:
+        raise CheckpointError(f"{path} holds more than this machine's memory") from error
+    except (
+        KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, RuntimeError,
+    ) as error:  # fmt: skip
         raise _damaged(path, "its header makes no sense") from error
 
 
@@ -165,7 +178,14 @@ def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = True)
     Raises:
         CheckpointError: it cannot be written; what was there before still is.
     """
-    write_bytes(path, text.encode(), durable=durable)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"cannot write {str(path)!r}: {text[error.start : error.end]!r} in it is no Unicode: "
+            "rename the file or folder whose name it is from"
+        ) from error
+    write_bytes(path, data, durable=durable)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = True) -> None:
@@ -180,6 +200,10 @@ def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = True
         CheckpointError: it cannot be written; what was there before still is.
     """
     text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8, say
+        text = json.dumps(_finite(value), indent=2, allow_nan=False)
     write_text(path, text + "\n", durable=durable)
 
 
@@ -200,6 +224,30 @@ def write_parquet(path: str | os.PathLike[str], columns: dict[str, Any]) -> None
         parquet.write_table(arrow.table(columns), file, compression="zstd")
 
 
+def cannot_write(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
+    """Say what was not written, why, and what helps.
+
+    Args:
+        path: the file or folder.
+        error: what the system said.
+
+    Returns:
+        The error to raise.
+
+    Example:
+        >>> print(cannot_write("a.json", OSError(errno.EROFS, "Read-only file system")))
+        cannot write a.json: Read-only file system; what was there before is untouched: make its \
+folder writable or choose another
+    """
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        remedy = "its folder has vanished: put it back, or choose another"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "what was there before is untouched: make its folder writable or choose another"
+    else:
+        remedy = "what was there before is untouched: free some space or choose another folder"
+    return CheckpointError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+
+
 @contextlib.contextmanager
 def _replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -214,10 +262,7 @@ def _replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
             _flush_folder(path.parent)
     except OSError as error:
         _remove(temporary)
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is untouched: "
-            "free some space or choose another folder"
-        ) from error
+        raise cannot_write(path, error) from error
     except BaseException:
         _remove(temporary)
         raise
@@ -330,6 +375,10 @@ def _read(file: BinaryIO, path: Path) -> Tree:
     for name, row in rows:
         begin, end = row["data_offsets"]
         width = _DTYPES[row["dtype"]].itemsize
+        if len(row["shape"]) > _MOST_DIMENSIONS or not all(
+            type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *row["shape"])
+        ):
+            raise _damaged(path, f"its table makes no sense at {name[:80]!r}")
         if begin != offset or end - begin != math.prod(row["shape"]) * width:
             raise _damaged(path, f"its table contradicts itself at {name!r}")
         offset = end
@@ -339,7 +388,7 @@ def _read(file: BinaryIO, path: Path) -> Tree:
     tensors: dict[str, Tensor] = {}
     for name, row in rows:
         begin, end = row["data_offsets"]
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+        raw = _room(end - begin, path)
         view = raw.numpy().data
         if end > begin and file.readinto(view) != end - begin:  # type: ignore[attr-defined]
             raise _damaged(path, f"it ends within {name!r}")
@@ -350,11 +399,20 @@ def _read(file: BinaryIO, path: Path) -> Tree:
     return _unpack(json.loads(structure), tensors)
 
 
+def _room(size: int, path: Path) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8)
+    except RuntimeError as error:  # so torch says that memory is out
+        raise CheckpointError(
+            f"{path} holds a tensor of {size} bytes, more than this machine has memory for"
+        ) from error
+
+
 def _read_header(
     file: BinaryIO, path: Path, size: int
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
+    if size < 8 or length > min(size - 8, _LARGEST_HEADER):
         raise _damaged(path, "its header is not whole")
     try:
         table = json.loads(file.read(length))

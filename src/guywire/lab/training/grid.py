@@ -86,6 +86,7 @@ def run_grid(
         KeyboardInterrupt: on Ctrl-C, after the workers are gone; what they did can be resumed.
     """
     outcomes: dict[str, Outcome] = {}
+    folder.mkdir(parents=True, exist_ok=True)
 
     def finish(spec: TrialSpec, answer: dict[str, Any]) -> None:
         outcome = Outcome(spec, answer.get("result"), answer.get("error"))
@@ -115,7 +116,7 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
     from guywire.lab.training.trial import run_trial
 
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         (directory / "error.json").unlink(missing_ok=True)
         return {
             "result": run_trial(
@@ -123,11 +124,12 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
             )
         }
     except GuywireError as error:
-        why, trace = str(error), None
+        why, trace, kind = str(error), None, type(error).__name__
     except Exception as error:
-        why, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+        kind = type(error).__name__
+        why, trace = f"{kind}: {error}", traceback.format_exc()
     with contextlib.suppress(GuywireError):  # the disk may be what failed
-        checkpoint.write_json(directory / "error.json", {"error": why, "traceback": trace})
+        checkpoint.write_json(directory / "error.json", {"error": why, "traceback": trace, "kind": kind})
     return {"error": why}
 
 
@@ -135,6 +137,14 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
 def _stream(config: str, model: str) -> Stream:
     """Load data; those of the last trial stay in memory for the next."""
     return models.prepare(model, streams.load(StreamConfig.model_validate_json(config)))
+
+
+def _make(directory: Path) -> None:
+    try:
+        # Not its parents: where the run's folder was deleted, it shall not come back as a torso.
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise checkpoint.cannot_write(directory, error) from error
 
 
 class _Worker:

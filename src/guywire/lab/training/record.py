@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guywire.core.errors import DataError
+from guywire.core.errors import DataError, need
 from guywire.diagnostics import ContinualMonitor
 from guywire.lab.streams import Split, Stream
 from guywire.lab.training import evaluate
@@ -21,6 +23,7 @@ __all__ = [
     "Record",
     "bytes_in",
     "check_data",
+    "finished",
     "result_of",
     "split_bytes",
     "weights_hash",
@@ -138,6 +141,28 @@ def result_of(
         "weights_sha256": weights_hash(model),
         "evaluation": looked,
     }
+
+
+def finished(directory: Path) -> dict[str, Any] | None:
+    """Read what a finished trial left.
+
+    Args:
+        directory: of the trial.
+
+    Returns:
+        The content of ``result.json``; ``None`` if the trial has not finished, or if that file or
+        ``metrics.parquet`` is gone or damaged: its state has all that they are made of.
+    """
+    parquet = need("pyarrow.parquet", extra="cli")
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        parquet.read_table(directory / "metrics.parquet")
+    except (OSError, ValueError):  # those of pyarrow are of either kind
+        return None
+    whole = isinstance(result, dict) and {"method", "seed", "metrics", "accuracy_matrix"} <= set(
+        result
+    )
+    return result if whole else None
 
 
 def check_data(stream: Stream) -> None:

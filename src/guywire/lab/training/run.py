@@ -9,14 +9,16 @@ import os
 import platform
 import re
 import shlex
+import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import guywire
 from guywire.core import checkpoint
-from guywire.core.errors import DataError, UsageError
+from guywire.core.errors import DataError, GuywireError, UsageError
 from guywire.lab.streams import Stream
 from guywire.lab.training.config import CompareConfig, differences, parse, read_toml, to_toml
 
@@ -24,7 +26,7 @@ __all__ = ["RunFolder", "default_folder", "list_runs"]
 
 _CONFIG, _RUN, _STREAM = "config.toml", "run.json", "stream.json"
 # What may differ when a run is resumed: none of these changes a result.
-_FREE = ("workers", "out", "checkpoint", "track")
+_FREE = ("workers", "out", "on", "ray", "checkpoint", "track")
 _PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "scikit-learn", "transformers")
 
 
@@ -63,13 +65,39 @@ class RunFolder:
         """Return the settings that the run in this folder was started with.
 
         Returns:
-            The tables of ``config.toml``, ``None`` if there is none.
+            The tables of ``config.toml``, or of its copy in ``run.json`` if it was cut short or is
+            gone; ``None`` if there is neither.
 
         Raises:
-            DataError: it is not TOML.
+            DataError: it was changed since, or is not TOML.
         """
+        text = self._settings()
+        return None if text is None else tomllib.loads(text)
+
+    def _settings(self) -> str | None:
+        # TOML cut between two lines is still TOML, and what is missing would silently take its
+        # default: so run.json has a copy.
         path = self.path / _CONFIG
-        return read_toml(path) if path.is_file() else None
+        copy: str | None = None
+        with contextlib.suppress(DataError):
+            copy = self.facts().get("config")
+        if not path.is_file():
+            return copy
+        raw = path.read_bytes()
+        if copy is None:
+            if read_toml(path):
+                return raw.decode()
+            raise DataError(f"{path} is empty: put the original back, or choose another --out")
+        if copy.encode().startswith(raw):
+            return copy
+        with contextlib.suppress(ValueError):
+            found, kept = tomllib.loads(raw.decode()), tomllib.loads(copy)
+            if all(key.split(".")[0] in _FREE for key in differences(kept, found)):
+                return raw.decode()
+        raise DataError(
+            f"{path} is damaged or was changed since the run began: delete it (run.json has a copy) "
+            "and go on with --resume, or choose another --out for other settings"
+        )
 
     def prepare(self, config: CompareConfig, *, resume: bool) -> bool:
         """Make the folder, or see that it fits.
@@ -90,6 +118,8 @@ class RunFolder:
         entries = [] if not self.path.is_dir() else sorted(p.name for p in self.path.iterdir())
         entries = [name for name in entries if name != ".lock" and not name.endswith(".tmp")]
         stored = self.stored()
+        if stored is None and entries == [self.trials.name] and not any(self.trials.iterdir()):
+            entries = []  # a start that was killed before it had written anything
         if entries and not resume:
             hint = "add --resume to go on with the run in it, or " if stored is not None else ""
             raise UsageError(f"--out {self.path} is not empty: {hint}choose another folder")
@@ -104,7 +134,7 @@ class RunFolder:
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot make the folder {self.path}: {error.strerror}") from error
+            raise checkpoint.cannot_write(self.path, error) from error
         return False
 
     @contextlib.contextmanager
@@ -116,24 +146,29 @@ class RunFolder:
 
         Raises:
             UsageError: another process is at work in it.
+            CheckpointError: it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            import fcntl
-        except ImportError:  # no such locks on this platform
-            yield
-            return
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(
-                    f"another process is at work in {self.path}: wait for it, or choose another folder"
-                ) from error
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise checkpoint.cannot_write(self.path, error) from error
+        with file:
+            _take(file, self.path)
+            self._sweep()
             yield
 
+    def _sweep(self) -> None:
+        """Remove what writers left that were killed; nobody else is at work here."""
+        for pattern in (".*.tmp", "samples/.*.tmp", "trials/*/.*.tmp", "sweep/*/.*.tmp"):
+            for leftover in self.path.glob(pattern):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+
     def describe(self, config: CompareConfig, stream: Stream) -> None:
-        """Write ``stream.json``, the samples of each task, and at last ``config.toml``.
+        """Write ``config.toml``, ``stream.json`` and the samples of each task.
+
+        A run that goes on keeps its settings; what was lost or cut short is written again.
 
         Args:
             config: as resolved.
@@ -142,18 +177,22 @@ class RunFolder:
         Raises:
             CheckpointError: a file cannot be written.
         """
+        text = self._settings()
+        checkpoint.write_text(self.path / _CONFIG, to_toml(config) if text is None else text)
         checkpoint.write_json(self.path / _STREAM, stream.describe())
         if stream.kind == "image":
             import io
 
-            (self.path / "samples").mkdir(exist_ok=True)
+            try:
+                (self.path / "samples").mkdir(exist_ok=True)
+            except OSError as error:
+                raise checkpoint.cannot_write(self.path / "samples", error) from error
             for index in range(len(stream.tasks)):
                 buffer = io.BytesIO()
                 stream.montage(index).save(buffer, format="PNG")
                 checkpoint.write_bytes(
                     self.path / "samples" / f"task-{index}.png", buffer.getvalue()
                 )
-        checkpoint.write_text(self.path / _CONFIG, to_toml(config))
 
     def note(self, **facts: Any) -> None:
         """Add facts to ``run.json``.
@@ -166,13 +205,17 @@ class RunFolder:
         """
         checkpoint.write_json(self.path / _RUN, {**self.facts(), **facts})
 
-    def started(self, command: Sequence[str]) -> None:
+    def started(self, command: Sequence[str], config: CompareConfig | None = None) -> None:
         """Write down who started what, where and when; a resumed run keeps its first start.
 
         Args:
             command: as typed.
+            config: as resolved, of which a copy is kept unless there are settings already.
         """
         before = self.facts()
+        settings = self._settings()
+        if settings is None and config is not None:
+            settings = to_toml(config)
         self.note(
             command=shlex.join(command),
             versions=_versions(),
@@ -182,7 +225,24 @@ class RunFolder:
             finished=None,
             status="running",
             failed={},
+            config=settings,
         )
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Write into ``run.json`` how the work ended if it ended early, where that can be written.
+
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(GuywireError):
+                if (self.path / _RUN).is_file():
+                    self.note(status=status, finished=now())
+            raise
 
     def facts(self) -> dict[str, Any]:
         """Return what ``run.json`` says.
@@ -199,10 +259,14 @@ class RunFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}): delete it") from error
+            raise DataError(
+                f"{path} is damaged ({error}): delete it and go on with --resume"
+            ) from error
 
     def _compare(self, old: CompareConfig, new: CompareConfig) -> None:
-        before, after = (c.model_dump(mode="json", exclude=set(_FREE)) for c in (old, new))
+        # A study can move: it is made again in another database from the trials' files.
+        free: Any = {**dict.fromkeys(_FREE, True), "sweep": {"storage"}}
+        before, after = (c.model_dump(mode="json", exclude=free) for c in (old, new))
         changed = differences(before, after)
         if changed:
             key = changed[0]
@@ -269,12 +333,30 @@ def _summary(path: Path) -> dict[str, Any]:
     }
 
 
+def _take(file: IO[str], path: Path) -> None:
+    """Lock a file, or say who has it; gone with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this platform
+        return
+    for wait in (0.05, 0.1, 0.2, None):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if wait is None:
+                raise UsageError(
+                    f"another process is at work in {path}: wait for it, or choose another folder"
+                ) from error
+            time.sleep(wait)  # `guywire runs` looks at locks for a moment
+
+
 def _is_locked(path: Path) -> bool:
     try:
         import fcntl
 
         with (path / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except ImportError:
         return True  # cannot tell
     except FileNotFoundError:

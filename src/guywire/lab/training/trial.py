@@ -30,6 +30,7 @@ from guywire.lab.training.record import (
     Record,
     bytes_in,
     check_data,
+    finished,
     result_of,
     split_bytes,
 )
@@ -50,7 +51,8 @@ def run_trial(
         spec: all that the trial depends on.
         directory: its folder: ``state.safetensors``, ``progress.json``, ``metrics.parquet`` and,
             at the end, ``result.json``.
-        resume: go on from the state in the folder, if there is one; a finished trial is read.
+        resume: go on from the state in the folder, if there is one; a finished trial is read. If
+            what it left is damaged, it is written again from the state.
         stream: what ``spec.stream`` describes, prepared for the model, if it is loaded already.
 
     Returns:
@@ -70,17 +72,15 @@ def run_trial(
         (5, True)
     """
     directory.mkdir(parents=True, exist_ok=True)
-    finished = directory / "result.json"
-    if resume and finished.is_file():
-        import json
-
-        return json.loads(finished.read_text(encoding="utf-8"))
+    known = finished(directory) if resume else None
+    if known is not None:
+        return known
     for leftover in directory.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
     if stream is None:
         stream = models.prepare(spec.model, streams.load(spec.stream))
     with deterministic(spec.threads), torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed_of(spec.run_seed, spec.id, "dropout"))
+        torch.random.default_generator.manual_seed(seed_of(spec.run_seed, spec.dice, "dropout"))
         trial = Trial(spec, directory, stream)
         if resume and (directory / _STATE).is_file():
             trial.restore(checkpoint.load(directory / _STATE))
@@ -97,6 +97,8 @@ class Trial:
     """
 
     def __init__(self, spec: TrialSpec, directory: Path, stream: Stream) -> None:
+        if spec.sweep is not None:
+            stream = evaluate.on_validation(stream)
         self.spec = spec
         self.directory = directory
         self.stream = stream
@@ -386,4 +388,5 @@ _REMEDY = "lower --lr or the method's strength"
 
 def _identity(spec: TrialSpec) -> str:
     """What must be the same for a state to fit: everything but when states are saved."""
-    return hashlib.sha256(spec.model_dump_json(exclude={"checkpoint"}).encode()).hexdigest()
+    left_out = {"checkpoint"} if spec.sweep is not None else {"checkpoint", "sweep"}
+    return hashlib.sha256(spec.model_dump_json(exclude=left_out).encode()).hexdigest()
