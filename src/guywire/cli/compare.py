@@ -370,7 +370,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(words: list[str]) -> dict[str, Any]:
-    import tomllib
+    from guywire.lab.training.config import parse_toml
 
     table: dict[str, Any] = {}
     for word in words:
@@ -379,12 +379,14 @@ def _options(words: list[str]) -> dict[str, Any]:
         if not equals or not path or not all((*path, key)):
             raise UsageError(f"--option {word}: write METHOD.OPTION=VALUE, as ewc.strength=1000")
         try:
-            value = tomllib.loads(f"x = {right}")["x"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"x = {right}")["x"]
+        except ValueError:
             value = right  # a word needs no quotes here
-        home = table
+        home: Any = table
         for part in path:
             home = home.setdefault(part, {})
+            if not isinstance(home, dict):
+                raise UsageError(f"--option {word}: {part!r} has a value already, and no options")
         home[key] = value
     return table
 

@@ -20,6 +20,8 @@ from guywire.core.errors import DataError, need
 
 __all__ = ["Curve", "Run", "TaskFacts", "Trial", "read_run"]
 
+_REMEDY = "guywire compare --resume --out with the run's folder mends it, or says what to do"
+
 
 @dataclass(frozen=True, slots=True)
 class Curve:
@@ -150,7 +152,7 @@ def read_run(run_dir: Path) -> Run:
     try:
         config = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{str(path)!r} is not TOML ({error}): run the comparison again") from error
+        raise DataError(f"{str(path)!r} is not TOML ({error}): {_REMEDY}") from error
     info = _json(run_dir / "run.json")
     stream = dict(_json(run_dir / "stream.json"))
     tasks = _tasks(stream.pop("tasks", []), stream.get("class_names") or [], run_dir / "samples")
@@ -164,10 +166,18 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is not JSON ({error}): run the comparison again") from error
+        raise DataError(f"{str(path)!r} is not JSON ({error}): {_REMEDY}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{str(path)!r} holds no JSON object: run the comparison again")
+        raise DataError(f"{str(path)!r} holds no JSON object: {_REMEDY}")
     return found
+
+
+def _remark(path: Path) -> dict[str, Any]:
+    """Read a file that only informs; a damaged one informs no more."""
+    try:
+        return _json(path)
+    except DataError:
+        return {}
 
 
 def _tasks(
@@ -233,7 +243,7 @@ def _trials(folder: Path, config: Mapping[str, Any], info: Mapping[str, Any]) ->
 def _trial(directory: Path, info: Mapping[str, Any]) -> Trial:
     name = directory.name
     result = _json(directory / "result.json")
-    progress = _json(directory / "progress.json")
+    progress = _remark(directory / "progress.json")
     method, _, tail = name.rpartition("-seed")
     seed = int(tail) if tail.isdigit() else None
     method = str(result.get("method") or method or name)
@@ -257,12 +267,14 @@ def _failure(
     info: Mapping[str, Any],
 ) -> str:
     """The error of a failed trial, empty when it did not fail."""
-    for source in (result, progress, _json(directory / "error.json")):
+    for source in (result, progress, _remark(directory / "error.json")):
         if source.get("error"):
             return str(source["error"])
     failed = info.get("failed") or info.get("failures") or {}
     if isinstance(failed, dict) and name in failed:
         return str(failed[name])
+    if not result and (directory / "error.json").is_file():
+        return "it failed, and its error.json is damaged"
     return ""
 
 
@@ -275,9 +287,7 @@ def _curves(path: Path) -> dict[int, Curve]:
     try:
         table = parquet.read_table(path, columns=columns, filters=[("metric", "==", "accuracy")])
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{str(path)!r} is damaged ({error}): delete its trial's directory and --resume the run"
-        ) from error
+        raise DataError(f"{str(path)!r} is damaged ({error}): {_REMEDY}") from error
     step, task, evaluated, value = (
         table[c].to_numpy(zero_copy_only=False) for c in ("step", "task", "evaluated", "value")
     )
