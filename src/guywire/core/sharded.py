@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guywire.core import checkpoint, selection
+from guywire.core import checkpoint, selection, tensors
 from guywire.core.attach import Wires
 from guywire.core.errors import CheckpointError
 
@@ -121,11 +121,10 @@ class ShardedState:
                 f"{own[0]} keeps samples that differ between processes, and DCP would keep those "
                 "of one: save wires.state_dict() of each process with guywire.core.checkpoint"
             )
-        tensors: dict[str, Tensor] = {}
-        text = json.dumps(_pack(self.wires.state_dict(), "", tensors), separators=(",", ":"))
+        held: dict[str, Tensor] = {}
+        text = json.dumps(_pack(self.wires.state_dict(), "", held), separators=(",", ":"))
         tree = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        # Without a state nothing stands under the second key, and DCP forgets empty dicts.
-        return {_TREE: tree, _TENSORS: tensors}
+        return {_TREE: tree, _TENSORS: held}
 
     def _room(self) -> dict[str, Any]:
         import torch.distributed.checkpoint as dcp
@@ -192,14 +191,27 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather().detach().cpu()
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    # Anew, since a tensor kept on the CPU must be where its mesh communicates.
+    whole = DTensor.from_local(
+        tensors.local(tensor),
+        mesh,
+        tensor.placements,  # pyright: ignore[reportAttributeAccessIssue]
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return whole.full_tensor().cpu()
 
 
-def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, where: str, held: dict[str, Tensor]) -> Any:
     """Turn a tree into JSON as ``core.checkpoint`` does, sharded tensors allowed."""
     if isinstance(value, Tensor):
-        tensors[where] = value.detach()
+        held[where] = value.detach()
         return {"tensor": where}
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
@@ -207,9 +219,9 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return value if math.isfinite(value) else {"float": repr(value)}
     below = f"{where}/" if where else ""
     if isinstance(value, Mapping):
-        return {"dict": [[k, _pack(v, f"{below}{k}", tensors)] for k, v in value.items()]}
+        return {"dict": [[k, _pack(v, f"{below}{k}", held)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        packed = [_pack(v, f"{below}{i}", tensors) for i, v in enumerate(value)]
+        packed = [_pack(v, f"{below}{i}", held) for i, v in enumerate(value)]
         return packed if isinstance(value, list) else {"tuple": packed}
     raise CheckpointError(f"{where} is a {type(value).__name__}, which no checkpoint holds")
 

@@ -3,7 +3,8 @@
 Every kernel works elementwise on the *local* part of each tensor, so under FSDP2 it touches this
 process's shard and communicates nothing. On a CPU it walks each tensor in blocks that stay in the
 cache, so a pull costs one pass over memory and no temporary of a parameter's size; on other devices
-it works tensor by tensor, with one temporary of the largest parameter's size.
+it works tensor by tensor, with one temporary of the largest parameter's size. Anchors and weights may
+lie on another device than the parameters: they are fetched block by block.
 
 All of them expect to run under ``torch.no_grad()``.
 """
@@ -34,6 +35,9 @@ Tensors = dict[str, Tensor]
 # Elements a block. 256 Ki floats make a buffer of 1 MiB, small enough for a shared cache; smaller
 # blocks cost more in calls than they save in memory traffic (benchmarks/penalty.py).
 _BLOCK = 1 << 18
+
+# Where an anchor lies elsewhere than a parameter on a GPU, so many elements are fetched at a time.
+_FETCHED = 1 << 24
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -247,7 +251,8 @@ def _differences(
         key = (param.device, dtype)
         if param.device.type == "cpu" and key not in buffers:
             buffers[key] = torch.empty(_BLOCK, dtype=dtype)
-        for target, p, a, f in _blocks(targets[i], param, anchor, precision):
+        for target, p, *far in _blocks(targets[i], param, anchor, precision):
+            a, f = (None if t is None else t.to(p.device, non_blocking=True) for t in far)
             out = buffers[key][: p.numel()].view(p.shape) if key in buffers else None
             if a is None:
                 d = p.to(dtype, copy=True) if out is None else out.copy_(p)
@@ -259,7 +264,9 @@ def _differences(
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     first = tensors[0]
     assert first is not None
-    if first.device.type != "cpu" or first.numel() <= _BLOCK:
+    together = all(t is None or t.device == first.device for t in tensors)
+    size = _BLOCK if first.device.type == "cpu" else _FETCHED
+    if (first.device.type != "cpu" and together) or first.numel() <= size:
         yield tensors
         return
     if all(t is None or t.is_contiguous() for t in tensors):
@@ -269,14 +276,14 @@ def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
         flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     else:
         # Layouts differ: whole rows together where they are short, else row by row.
-        rows = _BLOCK // (first.numel() // first.shape[0])
+        rows = size // (first.numel() // first.shape[0])
         if rows:
             yield from _split(tensors, first.shape[0], rows)
             return
         for row in range(first.shape[0]):
             yield from _blocks(*(None if t is None else t[row] for t in tensors))
         return
-    yield from _split(flat, first.numel(), _BLOCK)
+    yield from _split(flat, first.numel(), size)
 
 
 def _split(

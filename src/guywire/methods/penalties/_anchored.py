@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from guywire.core import selection, tensors
 from guywire.core.errors import AttachError, CheckpointError, SelectionError, UsageError
 from guywire.core.regularizer import Step, Strength, strength_at
+from guywire.core.shelf import Item, Shelf
 from guywire.core.tensors import Tensors
 
 Strengths = Strength | Mapping[str, Strength]
@@ -147,6 +148,7 @@ def anchors_at_setup(
     anchor: Anchor,
     learnt: Tensors | None,
     dtype: torch.dtype | None,
+    shelf: Shelf,
 ) -> Tensors | None:
     """Return the anchors at attach: those learnt before, or the first ones.
 
@@ -159,6 +161,7 @@ def anchors_at_setup(
         anchor: the rule, or names to tensors.
         learnt: anchors from before, if any.
         dtype: of the anchors; each parameter's own if ``None``.
+        shelf: where they are kept.
 
     Returns:
         Names to anchors; ``None`` for zero.
@@ -180,7 +183,7 @@ def anchors_at_setup(
                 "names of named_parameters()"
             )
         check_shapes(params, given, "the given anchor")
-        return like(given, params)
+        return like(given, params, shelf)
     if anchor not in ("previous", "initial", "zero"):
         raise UsageError(
             f"anchor={anchor!r} is none of 'previous', 'initial', 'zero' or a mapping of tensors"
@@ -188,14 +191,49 @@ def anchors_at_setup(
     if anchor == "zero":
         return None
     if learnt is None:
-        return {name: tensors.clone(p, dtype) for name, p in params.items()}
+        return anchors_now(params, dtype, shelf)
     if not learnt.keys() & params.keys():
         raise AttachError(
             "this regularizer learnt from another model (none of its parameters is here): "
             "make a new one"
         )
     check_shapes(params, learnt, "the anchor")
-    return {n: tensors.place_like(t, params[n]) if n in params else t for n, t in learnt.items()}
+    return placed(learnt, params, shelf)
+
+
+def anchors_now(
+    params: Mapping[str, nn.Parameter], dtype: torch.dtype | None, shelf: Shelf
+) -> Tensors:
+    """Return where parameters are now, as anchors.
+
+    Args:
+        params: names to parameters.
+        dtype: of the anchors; each parameter's own if ``None``.
+        shelf: where they are kept.
+
+    Returns:
+        Copies.
+    """
+    return shelf.put({name: Item(p, dtype or p.dtype, lambda p=p: p) for name, p in params.items()})
+
+
+def placed(learnt: Tensors, params: Mapping[str, nn.Parameter], shelf: Shelf) -> Tensors:
+    """Return tensors learnt before, on the devices and the shards of their parameters.
+
+    Args:
+        learnt: names to tensors.
+        params: names to parameters; tensors of names that are not here stay where they are.
+        shelf: where they are kept.
+
+    Returns:
+        The tensors themselves where they are in place already.
+    """
+    if shelf.keep is None:
+        found = {n: tensors.place_like(t, params[n]) for n, t in learnt.items() if n in params}
+        return learnt | found
+    if all(shelf.holds(t, params[n]) for n, t in learnt.items() if n in params):
+        return learnt
+    return like(learnt, params, shelf)
 
 
 def check_shapes(params: Mapping[str, nn.Parameter], held: Mapping[str, Tensor], what: str) -> None:
@@ -217,22 +255,25 @@ def check_shapes(params: Mapping[str, nn.Parameter], held: Mapping[str, Tensor],
             )
 
 
-def like(saved: Mapping[str, Tensor], params: Mapping[str, nn.Parameter]) -> Tensors:
+def like(saved: Mapping[str, Tensor], params: Mapping[str, nn.Parameter], shelf: Shelf) -> Tensors:
     """Copy saved tensors to the devices, and the shards, of the parameters they belong to.
 
     Args:
         saved: names to tensors.
         params: names to parameters; tensors of names that are not here stay where they are.
+        shelf: where they are kept.
 
     Returns:
         Copies.
     """
-    return {
-        name: tensors.place_like(tensors.clone(t), params[name])
-        if name in params
-        else tensors.clone(t)
-        for name, t in saved.items()
-    }
+    items = {}
+    for name, t in saved.items():
+        p = params.get(name)
+        if p is None:
+            items[name] = Item(t, t.dtype, lambda t=t: t)
+        else:
+            items[name] = Item(p, t.dtype, lambda t=t, p=p: tensors.place_like(t, p))
+    return shelf.put(items)
 
 
 def gradient(name: str, parameter: nn.Parameter) -> Tensor:

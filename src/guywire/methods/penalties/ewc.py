@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import tensors
-from guywire.core.errors import NonFiniteError, UsageError
+from guywire.core.errors import CheckpointError, NonFiniteError, UsageError
 from guywire.core.regularizer import Regularizer, Step
 from guywire.core.selection import Selection
+from guywire.core.shelf import Item, Keep, Shelf
 from guywire.core.tensors import Tensors
 from guywire.curvature import diagonal_fisher
 from guywire.methods.penalties import _anchored
@@ -107,6 +108,9 @@ class EWC(Regularizer):
         normalise: ``"mean"`` scales each task's importances to mean 1 over the selected parameters.
         decoupled: apply the pull to the parameters, times the learning rate.
         anchor_dtype: of the mean; the parameters' own if ``None``.
+        keep: where mean and precision are: beside the parameters (``None``), in the CPU's memory
+            (``"cpu"``), in nameless files mapped into memory (``"disk"``), or in files in a folder
+            (a ``pathlib.Path``) of their own. Under FSDP2 each process keeps its shards.
         seed: of the generator behind ``labels="sampled"``.
 
     Raises:
@@ -141,6 +145,7 @@ class EWC(Regularizer):
         normalise: Literal["mean"] | None = None,
         decoupled: bool = False,
         anchor_dtype: torch.dtype | None = None,
+        keep: Keep = None,
         seed: int = 0,
     ) -> None:
         self.strength = strength
@@ -151,6 +156,7 @@ class EWC(Regularizer):
         self.normalise = normalise
         self.decoupled = decoupled
         self.anchor_dtype = anchor_dtype
+        self.keep: Keep = keep
         self.seed = seed
         self.mean_: Tensors = {}
         self.precision_: Tensors = {}
@@ -173,15 +179,13 @@ class EWC(Regularizer):
         if self.normalise not in (None, "mean"):
             raise UsageError(f"normalise={self.normalise!r} is neither 'mean' nor None")
         self._binding.bind(model, self.select, self.strength)
+        mean, precision = self._shelves()
         if self.mean_:
             params = self._binding.params
             self.mean_ = (
-                _anchored.anchors_at_setup(model, params, "previous", self.mean_, None) or {}
+                _anchored.anchors_at_setup(model, params, "previous", self.mean_, None, mean) or {}
             )
-            self.precision_ = {
-                name: tensors.place_like(f, params[name]) if name in params else f
-                for name, f in self.precision_.items()
-            }
+            self.precision_ = _anchored.placed(self.precision_, params, precision)
 
     def before_step(self, step: Step) -> None:
         """Pull.
@@ -228,9 +232,42 @@ class EWC(Regularizer):
         if self.normalise == "mean":
             scale = _mean(importances)
             importances = {name: f / scale for name, f in importances.items()}
-        for name, importance in importances.items():
-            self._add(name, importance, tensors.clone(params[name], self.anchor_dtype))
+        if self.keep is None:
+            for name, importance in importances.items():
+                self._add(name, importance, tensors.clone(params[name], self.anchor_dtype))
+        else:
+            self._write(importances, params)
         self.tasks_ += 1
+
+    def _write(self, importances: Tensors, params: Mapping[str, nn.Parameter]) -> None:
+        """Do as ``_add`` does for all, one tensor at a time from the old place to the new one."""
+
+        def summed(name: str) -> tuple[Tensor, Tensor]:
+            importance, anchor = (tensors.local(t[name]) for t in (importances, params))
+            anchor = anchor if self.anchor_dtype is None else anchor.to(self.anchor_dtype)
+            if name not in self.precision_:
+                return importance, anchor
+            old = tensors.local(self.precision_[name]).to(importance.device)
+            if self.decay is None:
+                mean = tensors.local(self.mean_[name]).to(importance.device)
+                return collapse(old, mean, importance, anchor)
+            return self.decay * old + importance, anchor
+
+        def items(part: int, held: Tensors) -> dict[str, Item]:
+            found = {n: Item(t, t.dtype, lambda t=t: t) for n, t in held.items()}
+            for name, importance in importances.items():
+                anchor = self.anchor_dtype or params[name].dtype
+                dtype = (importance.dtype, anchor)[part] if name not in held else held[name].dtype
+                found[name] = Item(params[name], dtype, lambda n=name: summed(n)[part])
+            return found
+
+        # Both are computed anew for either file: twice the arithmetic, and no copy of the whole.
+        mean, precision = self._shelves()
+        new = precision.put(items(0, self.precision_)), mean.put(items(1, self.mean_))
+        self.precision_, self.mean_ = new
+
+    def _shelves(self) -> tuple[Shelf, Shelf]:
+        return Shelf(self.keep, "ewc-mean"), Shelf(self.keep, "ewc-precision")
 
     def _add(self, name: str, importance: Tensor, anchor: Tensor) -> None:
         if name not in self.precision_:
@@ -264,11 +301,18 @@ class EWC(Regularizer):
         Raises:
             CheckpointError: it does not fit the model attached.
         """
+        if state["tasks"] and not state["mean"]:
+            # DCP reads only into what is there: EWC that has learnt nothing has no room.
+            raise CheckpointError(
+                f"the state is of {state['tasks']} tasks, but without importances: with "
+                "torch.distributed.checkpoint load gw.sharded_state(wires, folder), not the wires"
+            )
         params = self._binding.params
         _anchored.check_shapes(params, state["mean"], "the saved anchor")
         _anchored.check_shapes(params, state["precision"], "the saved importance")
-        self.mean_ = _anchored.like(state["mean"], params)
-        self.precision_ = _anchored.like(state["precision"], params)
+        mean, precision = self._shelves()
+        self.mean_ = _anchored.like(state["mean"], params, mean)
+        self.precision_ = _anchored.like(state["precision"], params, precision)
         self.tasks_ = int(state["tasks"])
 
 

@@ -21,9 +21,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from guywire.core import tensors
 from guywire.core.regularizer import Regularizer, Step
 from guywire.core.selection import Selection
+from guywire.core.shelf import Keep, Shelf
 from guywire.core.tensors import Tensors
 from guywire.methods.penalties import _anchored
 
@@ -61,6 +61,9 @@ class L1(Regularizer):
         decoupled: apply the pull to the parameters, times the learning rate, instead of to the
             gradients.
         anchor_dtype: of the anchors; the parameters' own if ``None``.
+        keep: where the anchors are: beside the parameters (``None``), in the CPU's memory
+            (``"cpu"``), in a nameless file mapped into memory (``"disk"``), or in files in a folder
+            (a ``pathlib.Path``) of their own. Under FSDP2 each process keeps its shards.
 
     Raises:
         SelectionError: at attach, if the selection matches nothing.
@@ -94,12 +97,14 @@ class L1(Regularizer):
         anchor: _anchored.Anchor = "previous",
         decoupled: bool = False,
         anchor_dtype: torch.dtype | None = None,
+        keep: Keep = None,
     ) -> None:
         self.strength = strength
         self.select = select
         self.anchor: _anchored.Anchor = anchor
         self.decoupled = decoupled
         self.anchor_dtype = anchor_dtype
+        self.keep: Keep = keep
         self.anchors_: Tensors | None = None
         self._binding = _anchored.Binding()
 
@@ -111,7 +116,12 @@ class L1(Regularizer):
         """
         self._binding.bind(model, self.select, self.strength)
         self.anchors_ = _anchored.anchors_at_setup(
-            model, self._binding.params, self.anchor, self.anchors_, self.anchor_dtype
+            model,
+            self._binding.params,
+            self.anchor,
+            self.anchors_,
+            self.anchor_dtype,
+            self._shelf(),
         )
 
     def before_step(self, step: Step) -> None:
@@ -141,10 +151,9 @@ class L1(Regularizer):
         """
         if self.anchor == "previous":
             self._binding.bind(model, self.select, self.strength)
-            self.anchors_ = {
-                name: tensors.clone(p, self.anchor_dtype)
-                for name, p in self._binding.params.items()
-            }
+            self.anchors_ = _anchored.anchors_now(
+                self._binding.params, self.anchor_dtype, self._shelf()
+            )
 
     def teardown(self) -> None:
         """Let go of the model; the anchors stay."""
@@ -170,4 +179,8 @@ class L1(Regularizer):
         anchors = state["anchors"]
         if anchors is not None:
             _anchored.check_shapes(self._binding.params, anchors, "the saved anchor")
-        self.anchors_ = None if anchors is None else _anchored.like(anchors, self._binding.params)
+            anchors = _anchored.like(anchors, self._binding.params, self._shelf())
+        self.anchors_ = anchors
+
+    def _shelf(self) -> Shelf:
+        return Shelf(self.keep, "l1-anchors")
