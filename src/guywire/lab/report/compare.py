@@ -12,6 +12,7 @@ from guywire.lab.report.page import Notice, Page
 from guywire.lab.report.palette import series
 from guywire.lab.report.read import Run
 from guywire.lab.report.stats import Interval
+from guywire.lab.report.sweep import sweep
 from guywire.lab.report.tables import Summaries, summarise
 from guywire.lab.report.verdict import sentences
 
@@ -41,6 +42,7 @@ def compare_page(run: Run) -> Page:
         made.append(sections.curves(run, order, found, marks))
     if order:
         made.append(sections.cost(order, found, marks))
+    made.append(sweep(run, marks))
     if run.tasks:
         made.append(sections.samples(run))
     made.append(sections.again(run))

@@ -110,6 +110,7 @@ class Run:
         stream: ``stream.json`` without its tasks.
         tasks: the tasks in order.
         trials: every trial that ran or should have, ordered by method and seed.
+        sweep: ``sweep.json``, empty when nothing was tuned.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Run:
     stream: Mapping[str, Any]
     tasks: tuple[TaskFacts, ...]
     trials: tuple[Trial, ...]
+    sweep: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -157,7 +159,8 @@ def read_run(run_dir: Path) -> Run:
     stream = dict(_json(run_dir / "stream.json"))
     tasks = _tasks(stream.pop("tasks", []), stream.get("class_names") or [], run_dir / "samples")
     trials = _trials(run_dir / "trials", config, info)
-    return Run(run_dir.resolve().name, text, config, info, stream, tasks, trials)
+    tuned = _json(run_dir / "sweep.json")
+    return Run(run_dir.resolve().name, text, config, info, stream, tasks, trials, tuned)
 
 
 def _json(path: Path) -> dict[str, Any]:
