@@ -8,6 +8,7 @@ default writes one into the home folder. Of a cluster that we join, the user's s
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -347,10 +348,9 @@ def _own_environment() -> Iterator[str]:
             else:
                 os.environ[name] = value
         with contextlib.suppress(Exception):  # Ray remembers the mode; not every version has one
-            from ray._raylet import AuthenticationTokenLoader, Config
-
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
+            inside = importlib.import_module("ray._raylet")
+            inside.Config.initialize("")
+            inside.AuthenticationTokenLoader.instance().reset_cache()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -7,7 +7,6 @@ it goes on elsewhere from the last state that arrived; nodes need not share a fi
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -26,6 +25,7 @@ from guywire.lab.training.config import CompareConfig, TrialSpec
 from guywire.lab.training.grid import Outcome
 from guywire.lab.training.ray_node import LOG, STATE, environment, line, read_files, step_of
 from guywire.lab.training.ray_settings import RayConfig, capacity, parse_on, shortfall
+from guywire.lab.training.record import finished
 
 __all__ = ["joined", "run_grid"]
 
@@ -164,9 +164,9 @@ class _Run:
 
     def all(self, specs: Sequence[TrialSpec], resume: bool) -> None:
         for spec in specs:
-            finished = self.folder / spec.id / "result.json"
-            if resume and finished.is_file():
-                self._end(spec, {"result": json.loads(finished.read_text(encoding="utf-8"))})
+            known = finished(self.folder / spec.id) if resume else None
+            if known is not None:
+                self._end(spec, {"result": known})
             else:
                 self.waiting.append(_Job(spec, resume))
         self._able_at = time.monotonic()
@@ -229,7 +229,7 @@ class _Run:
         try:
             answer, files = self.cluster.result(handle)
         except ray_cluster.Refused as refused:
-            self._fail(job, f"{spec.id}: {refused}")
+            self._fail(job, f"{spec.id}: {refused}", "Refused")
             return
         except ray_cluster.Died as died:
             self._again(job, str(died))
@@ -252,6 +252,7 @@ class _Run:
                 f"{job.spec.id}: {why}; that happened {times} without getting further: if memory "
                 "ran out, ask for more (memory in [ray]) or allow fewer --workers; then go on "
                 "with --resume",
+                "Died",
             )
             return
         job.attempt += 1
@@ -262,11 +263,13 @@ class _Run:
         _log.warning("%s: %s", job.spec.id, text)
         self.waiting.appendleft(job)
 
-    def _fail(self, job: _Job, why: str) -> None:
+    def _fail(self, job: _Job, why: str, kind: str) -> None:
         home = self.folder / job.spec.id
         self._note(job, f"failed: {why}")
         with contextlib.suppress(GuywireError):
-            checkpoint.write_json(home / "error.json", {"error": why, "traceback": None})
+            checkpoint.write_json(
+                home / "error.json", {"error": why, "traceback": None, "kind": kind}
+            )
         self._end(job.spec, {"error": why})
 
     def _note(self, job: _Job, text: str) -> None:

@@ -236,7 +236,9 @@ def step_of(state: bytes) -> int | None:
 def _refused(folder: Path, why: str) -> dict[str, Any]:
     _say(f"failed: {why}")
     with contextlib.suppress(GuywireError):
-        checkpoint.write_json(folder / "error.json", {"error": why, "traceback": None})
+        checkpoint.write_json(
+            folder / "error.json", {"error": why, "traceback": None, "kind": "DataError"}
+        )
     return {"error": why}
 
 
