@@ -56,8 +56,7 @@ format: $(VENV)/.developers  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.developers  ## cost beside peers, as ratios
-	$(PIP) --no-deps -c constraints.txt -r benchmarks/requirements.txt
+bench: $(VENV)/.developers  ## cost beside peers, in environments made under .venv-peers; ARGS="--quick" without them
 	$(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(VENV)/.developers  ## the documentation, in docs/_build/html

@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guywire.curvature import diagonal_fisher
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "sides"))
+import models  # what the peers' processes build, too
 
 warnings.filterwarnings("ignore")
 
@@ -35,46 +39,13 @@ Batches = list[Any]
 
 def mlp() -> tuple[nn.Module, Batches]:
     """1.8M parameters, batch 50."""
-    model = nn.Sequential(
-        nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10)
-    )
-    return model, [(torch.randn(50, 784), torch.randint(10, (50,))) for _ in range(20)]
-
-
-class Block(nn.Module):
-    def __init__(self, inside: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
-        self.relu2 = nn.ReLU()
-        self.short = nn.Sequential()
-        if stride > 1 or inside != out:
-            self.short = nn.Sequential(
-                nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(y + self.short(x))
+    return models.mlp(), [(torch.randn(50, 784), torch.randint(10, (50,))) for _ in range(20)]
 
 
 def resnet18() -> tuple[nn.Module, Batches]:
     """11M parameters, 32 x 32 pixels, batch 16."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-    ]
-    inside = 64
-    for out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [Block(inside, out, stride), Block(out, out, 1)]
-        inside = out
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
     batches = [(torch.randn(16, 3, 32, 32), torch.randint(10, (16,))) for _ in range(2)]
-    return nn.Sequential(*layers), batches
+    return models.resnet18(), batches
 
 
 def bert() -> tuple[nn.Module, Batches]:
@@ -170,7 +141,7 @@ def backpack(model: nn.Module, batches: Batches) -> None:
     held = getattr(model, "_for_backpack", None)
     if held is None:
         held = extend(copy.deepcopy(model).eval(), use_converter=any(
-            isinstance(m, Block) for m in model.modules()))  # fmt: skip
+            isinstance(m, models.Block) for m in model.modules()))  # fmt: skip
         object.__setattr__(model, "_for_backpack", held)
     loss = extend(nn.CrossEntropyLoss(reduction="sum"))
     totals: list[Tensor] | None = None

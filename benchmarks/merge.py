@@ -46,8 +46,18 @@ CASES = (
 )
 PEERS = (("dare_linear", 0.9), ("dare_ties", 0.9))
 
-# Shapes of a small language model: a large tied embedding, 24 layers, 271M parameters.
-WORDS, WIDTH, LAYERS, INNER = 160_000, 640, 24, 2560
+
+class Size(NamedTuple):
+    """Shapes of a small language model with a tied embedding."""
+
+    words: int
+    width: int
+    layers: int
+    inner: int
+
+
+FULL = Size(160_000, 640, 24, 2560)
+"""271M parameters, a large embedding among them."""
 
 PLAIN = """
 import os, sys, time
@@ -76,42 +86,42 @@ print(time.perf_counter() - start, time.process_time() - cpu)
 """
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (WORDS, WIDTH)}
+def shapes(size: Size = FULL) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size.words, size.width)}
     inside = {
-        "self_attn.q_proj": (2 * WIDTH, WIDTH),
-        "self_attn.k_proj": (WIDTH // 2, WIDTH),
-        "self_attn.v_proj": (WIDTH // 2, WIDTH),
-        "self_attn.o_proj": (WIDTH, 2 * WIDTH),
-        "mlp.gate_proj": (INNER, WIDTH),
-        "mlp.up_proj": (INNER, WIDTH),
-        "mlp.down_proj": (WIDTH, INNER),
-        "input_layernorm": (WIDTH,),
-        "post_attention_layernorm": (WIDTH,),
+        "self_attn.q_proj": (2 * size.width, size.width),
+        "self_attn.k_proj": (size.width // 2, size.width),
+        "self_attn.v_proj": (size.width // 2, size.width),
+        "self_attn.o_proj": (size.width, 2 * size.width),
+        "mlp.gate_proj": (size.inner, size.width),
+        "mlp.up_proj": (size.inner, size.width),
+        "mlp.down_proj": (size.width, size.inner),
+        "input_layernorm": (size.width,),
+        "post_attention_layernorm": (size.width,),
     }
-    for layer in range(LAYERS):
+    for layer in range(size.layers):
         found |= {f"model.layers.{layer}.{n}.weight": s for n, s in inside.items()}
-    return found | {"model.norm.weight": (WIDTH,)}
+    return found | {"model.norm.weight": (size.width,)}
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, size: Size = FULL) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2 * WIDTH // 64,
-        "num_key_value_heads": WIDTH // 2 // 64,
+        "hidden_size": size.width,
+        "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": 2 * size.width // 64,
+        "num_key_value_heads": size.width // 2 // 64,
         "head_dim": 64,
-        "vocab_size": WORDS,
+        "vocab_size": size.words,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     }
     for model, name in enumerate(("base", "a", "b")):
         (folder / name).mkdir()
         tensors = {}
-        for number, (key, shape) in enumerate(shapes().items()):
+        for number, (key, shape) in enumerate(shapes(size).items()):
             value = torch.randn(shape, generator=torch.Generator().manual_seed(number)) * 0.02
             if model:
                 g = torch.Generator().manual_seed(1000 * model + number)

@@ -1,0 +1,1 @@
+"""Cost beside peers: ``python -m benchmarks``."""

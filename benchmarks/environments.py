@@ -1,0 +1,83 @@
+"""Environments of the peers' own, under .venv-peers: made once, then reused.
+
+``fisher`` (nngeometry, BackPACK) is installed without dependencies and reads torch and Guywire from
+the environment that runs this, so that ours and theirs share one process and one torch. The others
+stand alone, with a torch of their own; what is compared with them is relative to a plain pass in the
+same process, or a whole job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["NAMES", "EnvironmentFailed", "environment"]
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = Path(__file__).resolve().parent / "peers"
+NAMES = ("avalanche", "fisher", "mergekit", "peft")
+BESIDE_OURS = ("fisher",)
+UNCONSTRAINED = ("avalanche",)
+"""Needs a newer torch than the one that we pin, for the sake of torchvision."""
+
+
+class EnvironmentFailed(RuntimeError):
+    """An environment could not be made; says why."""
+
+
+def _run(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        said = (lines or done.stderr.splitlines() or ["no message"])[-1]
+        raise EnvironmentFailed(f"{Path(words[0]).name} failed: {said}"[:300])
+
+
+def environment(
+    name: str,
+    *,
+    home: Path = ROOT / ".venv-peers",
+    peers: Path = PEERS,
+    run: Callable[[list[str]], None] = _run,
+) -> Path:
+    """Return the Python of a peer's environment, made if it is not there or its pins changed.
+
+    Raises:
+        EnvironmentFailed: no such requirements, no network, no room, or pip says no.
+    """
+    requirements = peers / f"{name}.txt"
+    if not requirements.is_file():
+        raise EnvironmentFailed(f"no requirements {requirements.name}")
+    words = requirements.read_bytes() + sys.version.encode()
+    wanted = hashlib.sha256(words).hexdigest()
+    folder = home / name
+    python, stamp = folder / "bin" / "python", folder / "made"
+    if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
+        return python
+    print(f"making {folder.name}'s environment, once", flush=True)
+    try:
+        run([sys.executable, "-m", "venv", str(folder)])
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if name not in UNCONSTRAINED:
+            pip += ["-c", str(ROOT / "constraints.txt")]
+        if name in BESIDE_OURS:
+            pip += ["--no-deps"]
+        run([*pip, "-r", str(requirements)])
+        if name in BESIDE_OURS:
+            _see_ours(folder)
+        stamp.write_text(wanted)
+    except OSError as error:
+        raise EnvironmentFailed(f"{type(error).__name__}: {error.strerror or error}") from error
+    return python
+
+
+def _see_ours(folder: Path) -> None:
+    """Let an environment import what ours has; its own packages come first."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site = folder / "lib" / version / "site-packages"
+    ours = sysconfig.get_paths()["purelib"]
+    (site / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
