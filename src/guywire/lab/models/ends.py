@@ -220,9 +220,12 @@ def _tensors(path: Path) -> Tensors:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds a {type(found).__name__} where an object is due")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from guywire.core.errors import DataError, UsageError, need
 from guywire.lab import streams
 from guywire.lab.models import huggingface
 from guywire.lab.models.build import prepare
+from guywire.lab.streams.lines import text_lines
 
 __all__ = ["image_batches", "read_texts", "text_batches"]
 
@@ -40,7 +41,7 @@ def read_texts(
         UsageError: there is no such file or column, or it is of another kind.
         DataError: a line is damaged, or there is no text.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"there is no file {path} to evaluate on")
     suffix = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
     found: list[tuple[str, str | None]] = []
@@ -48,20 +49,22 @@ def read_texts(
         if suffix == ".txt":
             if label is not None:
                 raise UsageError(f"{path} has no labels: classifiers need .jsonl, .csv or .tsv")
-            found = [(line.strip(), None) for line in _lines(path) if line.strip()]
+            found = [(line.strip(), None) for line in text_lines(path) if line.strip()]
         elif suffix in (".jsonl", ".csv", ".tsv"):
             for number, row in _rows(path, suffix):
                 for column in (text, label):
                     if column is not None and row.get(column) is None:
                         raise UsageError(
-                            f"line {number} of {path} has no {column!r} but {', '.join(row)}: name "
+                            f"line {number} of {path} has no {column!r} but {', '.join(map(str, row))[:200]}: name "
                             "the columns with --text-column and --label-column"
                         )
                 if str(row[text]).strip():
                     found.append((str(row[text]), None if label is None else str(row[label])))
         else:
             raise UsageError(f"{path} is none of .txt, .jsonl, .csv and .tsv")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UsageError, DataError):
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not found:
         raise DataError(f"{path} has no texts")
@@ -176,27 +179,21 @@ def class_number(label: str, config: Any) -> int:
     if not 0 <= number < int(config.num_labels):
         names = ", ".join(list(known)[:5])
         raise UsageError(
-            f"the label {label!r} is none of the model's {config.num_labels} classes ({names}, ...): "
+            f"the label {label[:80]!r} is none of the model's {config.num_labels} classes ({names}, ...): "
             "labels must be its names or its numbers"
         )
     return number
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
-        yield from file
-
-
 def _rows(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if suffix == ".jsonl":
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(text_lines(path), 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise DataError(f"line {number} of {path} is no JSON object")
                 yield number, row
         return
-    reader = csv.DictReader(_lines(path), delimiter="\t" if suffix == ".tsv" else ",")
+    reader = csv.DictReader(text_lines(path), delimiter="\t" if suffix == ".tsv" else ",")
     for row in reader:
         yield reader.line_num, row

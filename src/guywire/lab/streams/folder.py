@@ -38,7 +38,7 @@ def folder_table(root: Path, config: StreamConfig) -> Table:
         UsageError: no images are where they should be.
         DataError: when fetched, an image cannot be decoded; the message names it.
     """
-    inside, notes = root.resolve(), []
+    inside, notes = Path(os.path.realpath(root)), []
     top = _folders(root)
     parts = {f: _PARTS[f.name.lower()] for f in top if f.name.lower() in _PARTS}
     if TRAIN not in parts.values():
@@ -101,8 +101,9 @@ def _images(folder: Path, inside: Path) -> tuple[list[Path], int]:
             file = Path(path) / name
             if name.startswith(".") or file.suffix.lower() not in _ENDINGS:
                 continue
-            if file.resolve().is_relative_to(inside):
-                found.append(file)
-            else:
+            # Not Path.resolve, which raises where links go in circles; a pipe would never end.
+            if not Path(os.path.realpath(file)).is_relative_to(inside):
                 outside += 1
+            elif os.path.isfile(file) or not os.path.exists(file):
+                found.append(file)
     return found, outside

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from guywire.core.errors import DataError
+from guywire.lab.streams.images import check_room
 from guywire.lab.streams.tables import TEST, TRAIN, Table
 
 __all__ = ["find_idx", "idx_table", "read_idx"]
@@ -80,6 +81,7 @@ def _read(file: BinaryIO | gzip.GzipFile, path: Path, most: int) -> np.ndarray:
             f"{path} is truncated or damaged: its header declares {expected} bytes of data "
             f"({' x '.join(map(str, shape))}), and the file cannot hold more than {most}"
         )
+    check_room(expected, shape[0], str(path))
     data = bytearray()
     while len(data) <= expected and (piece := file.read(min(_PIECE, expected + 1 - len(data)))):
         data += piece

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from guywire.core.errors import DataError, UsageError
 
-__all__ = ["decode", "fitted", "montage", "stack"]
+__all__ = ["check_room", "decode", "fitted", "montage", "stack"]
 
 
 def decode(source: bytes | Path, where: str, size: int | None = None) -> np.ndarray:
@@ -77,15 +77,10 @@ def stack(images: Iterable[np.ndarray], name: str) -> Tensor:
         UsageError: they differ in size, or together they do not fit into memory.
     """
     arrays: list[np.ndarray] = []
-    taken, most = 0, _memory() // 4
+    taken = 0
     for array in images:
         taken += array.nbytes
-        if taken > most:
-            raise UsageError(
-                f"{len(arrays) + 1} images of {name!r} take {taken / 2**30:.1f} GiB, more than a "
-                "quarter of this machine's memory: give a smaller --image-size, or cap the "
-                "samples a class"
-            )
+        check_room(taken, len(arrays) + 1, name)
         arrays.append(array)
     sizes = {array.shape[:2] for array in arrays}
     if len(sizes) > 1:
@@ -100,6 +95,24 @@ def stack(images: Iterable[np.ndarray], name: str) -> Tensor:
     for i, array in enumerate(arrays):
         out[i] = array.transpose(2, 0, 1) if array.ndim == 3 else array
     return torch.from_numpy(out)
+
+
+def check_room(size: int, count: int, name: str) -> None:
+    """Refuse images that together do not fit into memory, before they are made.
+
+    Args:
+        size: bytes.
+        count: how many images.
+        name: of the data, for the error.
+
+    Raises:
+        UsageError: they take more than a quarter of this machine's memory.
+    """
+    if size > _memory() // 4:
+        raise UsageError(
+            f"{count} images of {name!r} take {size / 2**30:.1f} GiB, more than a quarter of this "
+            "machine's memory: give a smaller --image-size, or cap the samples a class"
+        )
 
 
 def fitted(images: Tensor, size: int | None) -> Tensor:

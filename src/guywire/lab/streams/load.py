@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from guywire.core.errors import UsageError
 from guywire.lab.streams.config import StreamConfig, data_folder
 from guywire.lab.streams.digits import digits
 from guywire.lab.streams.idx import find_idx, idx_table
-from guywire.lab.streams.images import fitted
+from guywire.lab.streams.images import check_room, fitted
 from guywire.lab.streams.splits import plan
 from guywire.lab.streams.stream import Split, Stream, Task, in_turn
 from guywire.lab.streams.tables import Table
@@ -93,15 +94,15 @@ def _table(config: StreamConfig) -> Table:
     if name in _IDX:
         how = f"set GUYWIRE_DATA to the folder that holds {name}/, or {_IDX[name]}"
         return _in_memory(idx_table(data_folder() / name, name, how), config)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where nobody has that name
+    if os.path.isdir(path):
         if find_idx(path):
             how = "an IDX folder needs images and labels"
             return _in_memory(idx_table(path, path.name, how), config)
         from guywire.lab.streams.folder import folder_table
 
         return folder_table(path, _without_columns(config))
-    if path.is_file():
+    if os.path.isfile(path):
         from guywire.lab.streams.parquet import parquet_table
 
         return parquet_table(path, config)
@@ -116,6 +117,12 @@ def _in_memory(table: Table, config: StreamConfig) -> Table:
 
     def fetch(rows: np.ndarray) -> Tensor | tuple[str, ...]:
         inputs = table.fetch(rows)
+        if isinstance(inputs, Tensor):
+            check_room(
+                len(inputs) * inputs.shape[1] * (config.image_size or 0) ** 2,
+                len(inputs),
+                table.name,
+            )
         return fitted(inputs, config.image_size) if isinstance(inputs, Tensor) else inputs
 
     return replace(table, fetch=fetch)

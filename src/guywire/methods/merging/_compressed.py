@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guywire.core.errors import CheckpointError, DataError
 from guywire.methods.merging import edits
+from guywire.methods.merging._delta_checks import check_about
 from guywire.methods.merging._editor import Editor
 from guywire.methods.merging._output import Target, layout_rows
 from guywire.methods.merging._threads import Threads
@@ -116,11 +117,19 @@ class Delta:
                 raise ValueError("the checksum of its header does not match")
             if self._payload() != metadata.get("payload_sha256"):
                 raise ValueError("the checksum of its values does not match")
-            self.about: dict[str, Any] = json.loads(text)
-            if self.about["format"] != _FORMAT:
-                raise ValueError(f"its format is {self.about['format']!r}, this reads {_FORMAT!r}")
-        except (ValueError, KeyError) as error:
+            about: Any = json.loads(text)
+            if not isinstance(about, dict):
+                raise ValueError("its header is no table")
+            if about.get("format") != _FORMAT:
+                raise ValueError(
+                    f"its format is {about.get('format')!r:.80}, this reads {_FORMAT!r}"
+                )
+            check_about(about, self.entries)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.file}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.file} is damaged: {error}; copy it again") from error
+        self.about: dict[str, Any] = about
 
     def _payload(self) -> str:
         digest = hashlib.sha256()

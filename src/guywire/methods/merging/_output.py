@@ -31,6 +31,7 @@ RECIPE = "guywire-merge.json"
 _JOURNAL = "journal"
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".bpe"}
 _NOT = {"adapter_config.json", "trainer_state.json", RECIPE, "all_results.json", "README.md"}
+_LARGEST_BESIDE = 2 << 30
 _TOKENISER = (
     "token",
     "vocab",
@@ -58,9 +59,11 @@ class Target:
     def __init__(self, out: Path, sources: Iterable[Path], *, force: bool, resume: bool) -> None:
         self.out = out
         self.work = out.absolute().with_name(f".{out.absolute().name}.guywire-merge")
-        mine = out.resolve()
+        mine = Path(os.path.realpath(out))  # Path.resolve raises where links go in circles
+        if out.is_symlink() and not out.exists():
+            raise UsageError(f"{out} is a link to nothing: remove it, or give another --out")
         for source in sources:
-            if source.resolve().is_relative_to(mine):
+            if Path(os.path.realpath(source)).is_relative_to(mine):
                 raise UsageError(f"{source} would be overwritten by the result: give another --out")
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             if not force:
@@ -295,14 +298,36 @@ def companions(plan: Plan, base: Checkpoint) -> dict[str, bytes]:
             continue
         for file in files:
             if only is None or file.name.startswith(only):
-                found.setdefault(file.name, file.read_bytes())
+                found.setdefault(file.name, read_beside(file))
     for folder in _modules(plan.config.folder):
         for file in sorted(folder.rglob("*")):
             if file.is_file() and (file.suffix in _SUFFIXES or file.suffix == ".safetensors"):
-                found[str(file.relative_to(plan.config.folder))] = file.read_bytes()
+                found[str(file.relative_to(plan.config.folder))] = read_beside(file)
     if len(plan.files) > 1:
         found[index_name(base)] = _index(plan)
     return found
+
+
+def read_beside(file: Path) -> bytes:
+    """Read a file that goes with the weights, unless it is too large to be one.
+
+    Args:
+        file: the file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: it cannot be read, or claims gigabytes.
+    """
+    try:
+        if (size := file.stat().st_size) > _LARGEST_BESIDE:
+            raise CheckpointError(
+                f"{file} has {size >> 20} MiB, too many for what goes with weights: remove it"
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
 
 
 def write_companions(folder: Path, files: dict[str, bytes], recipe: dict[str, Any]) -> None:
@@ -349,9 +374,11 @@ def _modules(folder: Path) -> list[Path]:
     try:
         listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         names = [entry["path"] for entry in listed]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return []
-    return [folder / n for n in names if n and Path(n).name == n and (folder / n).is_dir()]
+    # A name that leads elsewhere ('..' is a name, too) would copy to elsewhere.
+    names = [n for n in names if isinstance(n, str) and n != ".." and n and Path(n).name == n]
+    return [folder / n for n in names if os.path.isdir(folder / n)]
 
 
 def _allocate(handle: int, size: int) -> None:

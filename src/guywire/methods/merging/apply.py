@@ -14,6 +14,7 @@ from guywire.methods.merging._output import (
     RECIPE,
     Target,
     layout_rows,
+    read_beside,
     request_of,
     write_companions,
 )
@@ -90,7 +91,10 @@ class _Restore:
                 if row["base"] is None:
                     continue
                 entry = self.base.tensors.get(row["base"])
-                if entry is None:
+                # Nor may a forged delta ask for more than the base and its own values hold.
+                due = row["common"] if row["pruned"] else 0
+                due = _numel(row) if row["same"] else due
+                if entry is None or entry.numel < due:
                     raise self.other(row["base"])
 
     def other(self, name: str) -> CheckpointError:
@@ -109,20 +113,25 @@ class _Restore:
             if end <= start or crc_of(out := self.base.read(row["base"], start, end)) != crc:
                 raise self.other(row["base"])
         if row["same"]:
-            assert out is not None
-            return out
+            return self._due(row, out, stop - start)
         new = self.values.read(row["name"], at, at + count)
         where = positions(row, self.about["rate"], self.about["seed"], start, stop)
         if where is None:
-            return new
-        assert out is not None
-        out = out.to(DTYPES[row["dtype"]])
+            return self._due(row, new, stop - start)
+        out = self._due(row, out, stop - start).to(DTYPES[row["dtype"]])
         if len(where) != count:
             raise CheckpointError(
                 f"{self.values.path}: {row['name']!r} has {count} values for {len(where)} places: it "
                 "was made by another version"
             )
         return out.index_copy_(0, where, new)
+
+    def _due(self, row: dict[str, Any], values: Tensor | None, count: int) -> Tensor:
+        if values is None or len(values) != count:
+            raise CheckpointError(
+                f"{self.values.path} is damaged: it does not hold all of {row['name']!r}; copy it again"
+            )
+        return values
 
 
 def _write(target: Target, restore: _Restore, pool: Threads, say: Progress) -> tuple[int, int]:
@@ -168,7 +177,7 @@ def _numel(row: dict[str, Any]) -> int:
 
 def _beside(folder: Path) -> dict[str, bytes]:
     return {
-        str(file.relative_to(folder)): file.read_bytes()
+        str(file.relative_to(folder)): read_beside(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name not in (DELTA, RECIPE)
     }

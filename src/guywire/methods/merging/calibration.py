@@ -91,7 +91,7 @@ def _texts(path: Path) -> list[str]:
             continue
         if path.suffix == ".jsonl":
             value: Any = None
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 value = json.loads(line)
             if not isinstance(value, dict) or not isinstance(value.get("text"), str):
                 raise DataError(f'{path}, line {number}: an object with "text" is due')

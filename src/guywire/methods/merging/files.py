@@ -44,6 +44,8 @@ DTYPES = {
 """The element types of safetensors that torch has."""
 
 _LARGEST_HEADER = 100 << 20  # what the safetensors library allows, too
+_LARGEST_JSON = 256 << 20
+_MOST_DIMENSIONS = 64  # as many as numpy has
 
 
 @dataclass(frozen=True)
@@ -244,9 +246,14 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read or is something else; the sentence names the file.
     """
     try:
+        # A pipe or a device would never end, and a sparse file may claim terabytes.
+        if not file.is_file() or file.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{file} is no file, or too large for JSON: download it again")
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -273,27 +280,31 @@ def _rows(table: dict[str, Any], file: Path, origin: int) -> Iterator[tuple[Entr
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(number) is int and 0 <= number < 1 << 62 for number in value
+    # Bounded, or the product of a million huge numbers would take hours.
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_DIMENSIONS
+        and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
     )
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"its header names {twice!r} twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"its header names {twice[:80]!r} twice")
     return table
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
+    why = why if len(why) <= 400 else f"{why[:400]}..."
     return CheckpointError(f"{file} is no sound safetensors file: {why}; download or save it again")
 
 
 def _find(path: Path) -> tuple[Path, list[Path], dict[str, Path] | None]:
     """Folder, files, and names to files where an index says so."""
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix == ".safetensors":
             return path.parent, [path], None
         if path.name.endswith(".safetensors.index.json"):
@@ -302,7 +313,7 @@ def _find(path: Path) -> tuple[Path, list[Path], dict[str, Path] | None]:
             f"{path} is no safetensors file and no index of one: pickled weights can run anything "
             "and are never read; load the model and save it with save_pretrained"
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(f"there is no folder or file {path}")
     for pattern, found in (
         ("*.safetensors.index.json", _indexed),
@@ -332,8 +343,10 @@ def _indexed(index: Path) -> tuple[Path, list[Path], dict[str, Path]]:
     for name, file in listed.items():
         # A name that leads elsewhere would let an index read any file.
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} puts {name!r} into {file!r}: that is no file beside it")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index} names the shard {file}, which is not there")
+            raise CheckpointError(
+                f"{index} puts {name[:80]!r} into {str(file)[:80]!r}: that is no file beside it"
+            )
+        if not os.path.isfile(index.parent / file):  # Path.is_file raises at a name too long
+            raise CheckpointError(f"{index} names the shard {file[:80]!r}, which is not there")
     files = [index.parent / name for name in sorted(set(listed.values()))]
     return index.parent, files, {name: index.parent / file for name, file in listed.items()}

@@ -168,7 +168,7 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
     Returns:
         True if it has an ``adapter_config.json``.
     """
-    return (Path(path) / _CONFIG).is_file()
+    return os.path.isfile(Path(path) / _CONFIG)
 
 
 def _refuse(config: dict[str, Any], path: Path) -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from guywire.core import checkpoint, selection
 from guywire.core.errors import CheckpointError, UsageError
@@ -73,7 +74,17 @@ class SaRAAdaptation:
             raise CheckpointError(
                 f"{path} holds no adaptation by SaRA: SaRAAdaptation.save writes one"
             )
-        return cls(tree["values"], tree["threshold"], tree["index"])
+        values, threshold, index = (tree.get(key) for key in ("values", "threshold", "index"))
+        known = threshold is None or isinstance(threshold, float | int)
+        if not (known and _tensors(values) and _tensors(index)):
+            raise CheckpointError(
+                f"the adaptation in {path} makes no sense: write it again with SaRAAdaptation.save"
+            )
+        return cls(values, threshold, index)
+
+
+def _tensors(value: object) -> TypeGuard[Tensors]:
+    return isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
 
 
 def sara_adaptation(model: nn.Module) -> SaRAAdaptation:

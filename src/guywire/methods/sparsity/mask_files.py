@@ -109,10 +109,17 @@ def load_mask(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tree = checkpoint.load(path)
     if not isinstance(tree, dict) or tree.get("kind") != _KIND:
         raise CheckpointError(f"{path} holds no masks: give a file that save_mask() wrote")
-    return {
-        name: unpack_bits(packed, tuple(tree["shapes"][name]))
-        for name, packed in tree["masks"].items()
-    }
+    try:
+        return {
+            name: unpack_bits(packed, tuple(tree["shapes"][name]))
+            for name, packed in tree["masks"].items()
+        }
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"the masks in {path} make no sense: write them again with save_mask()"
+        ) from error
 
 
 def apply_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:

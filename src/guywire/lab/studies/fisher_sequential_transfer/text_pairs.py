@@ -7,7 +7,6 @@ same person stands behind several rows, a column that says so: ``split`` keeps a
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from guywire.core.errors import DataError, UsageError
+from guywire.lab.streams.lines import text_lines
 
 __all__ = ["Pair", "Verse", "half_verses", "read_pairs", "read_verses", "split", "windows"]
 
@@ -193,14 +193,9 @@ def half_verses(verses: Sequence[Verse], *, words: int = 3) -> list[Pair]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text_lines(path, "utf-8-sig"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -209,24 +204,22 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         for number, line in _lines(path):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"line {number} of {path} is no JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"line {number} of {path} is no JSON object")
             yield number, row
     elif kind == ".csv":
-        opener = gzip.open if path.suffix == ".gz" else open
         csv.field_size_limit(10_000_000)
+        reader = csv.DictReader(text_lines(path, "utf-8-sig"), strict=True)
         try:
-            with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file, strict=True)
-                for row in reader:
-                    if None in row or None in row.values():
-                        raise DataError(
-                            f"line {reader.line_num} of {path} has more or fewer cells than its header"
-                        )
-                    yield reader.line_num, dict(row)
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"line {reader.line_num} of {path} has more or fewer cells than its header"
+                    )
+                yield reader.line_num, dict(row)
+        except csv.Error as error:
             raise DataError(f"{path} cannot be read: {error}") from error
     else:
         raise UsageError(f"{path} is neither .csv nor .jsonl (nor one of these with .gz)")
