@@ -241,7 +241,7 @@ def merging(plan: Plan) -> list[Row]:
                     answers, out, "merging", f"{theirs} of 2 at {rate:g}, {million:.0f}M bf16, {what}",
                     unit, Cost("guywire", ours, key=key), "mergekit",
                     Cost("mergekit", theirs, key=key),
-                    note="" if key == "seconds" else "private memory beyond what was there before",
+                    note="" if key == "seconds" else "highest private memory beyond that of the process when it was ready",
                 )
             )  # fmt: skip
     return rows

@@ -71,7 +71,6 @@ class Side:
     ) -> None:
         self.timeout, self.watch = timeout, watch
         self._left = b""
-        # a file, not a pipe: nobody reads it while the side works
         self.child = subprocess.Popen(
             [str(python), str(SIDES / script), json.dumps(dict(given))],
             stdin=subprocess.PIPE,
@@ -89,6 +88,7 @@ class Side:
             raise
         self.about: dict[str, Any] = hello.get("about", {})
         self.things: list[str] = hello.get("things", [])
+        self.started_mb = anonymous_mb(self.child.pid)
 
     def _hear(self) -> dict[str, Any]:
         assert self.child.stdout is not None
@@ -116,7 +116,7 @@ class Side:
             SideFailed: it died or did not answer. An error inside the thing is an answer.
         """
         assert self.child.stdin is not None
-        before, highest, over = 0.0, 0.0, threading.Event()
+        highest, over = 0.0, threading.Event()
 
         def look() -> None:
             nonlocal highest
@@ -125,7 +125,6 @@ class Side:
 
         watcher = threading.Thread(target=look)
         if self.watch:
-            before = anonymous_mb(self.child.pid)
             watcher.start()
         try:
             self.child.stdin.write((json.dumps({"run": thing}) + "\n").encode())
@@ -138,7 +137,8 @@ class Side:
             if self.watch:
                 watcher.join()
         if self.watch:
-            found |= {"private_mb": highest, "grown_mb": max(highest - before, 0.0)}
+            # beyond the start, not beyond the last repetition: allocators keep what they had
+            found |= {"private_mb": highest, "grown_mb": max(highest - self.started_mb, 0.0)}
         return found
 
     def close(self) -> None:
