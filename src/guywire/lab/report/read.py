@@ -150,10 +150,10 @@ def read_run(run_dir: Path) -> Run:
             "give the directory that `guywire compare` wrote"
         )
     path = run_dir / "config.toml"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{str(path)!r} is not TOML ({error}): {_REMEDY}") from error
     info = _json(run_dir / "run.json")
     stream = dict(_json(run_dir / "stream.json"))
@@ -168,7 +168,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{str(path)!r} is not JSON ({error}): {_REMEDY}") from error
     if not isinstance(found, dict):
         raise DataError(f"{str(path)!r} holds no JSON object: {_REMEDY}")

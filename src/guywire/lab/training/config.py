@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -30,11 +31,18 @@ __all__ = [
     "merge",
     "nearest",
     "parse",
+    "parse_toml",
     "read_toml",
     "to_toml",
 ]
 
 DEFAULT_METHODS = ("finetune", "l2", "ewc", "lwf", "feature-distillation", "replay", "joint")
+
+_LARGEST_FILE = 1 << 20
+_LONG_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""", re.ASCII
+)
+_MOST_SEEDS = 100_000
 
 M = TypeVar("M", bound=BaseModel)
 Options = dict[str, Any]
@@ -192,6 +200,13 @@ class CompareConfig(Training):
     ray: RayConfig = RayConfig()
     track: tuple[str, ...] = ()
 
+    @field_validator("out")
+    @classmethod
+    def _a_path(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            raise ValueError("no path has a NUL in it")
+        return value
+
     @field_validator("track", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
@@ -225,8 +240,8 @@ class CompareConfig(Training):
     @classmethod
     def _some(cls, value: int | tuple[int, ...]) -> int | tuple[int, ...]:
         if isinstance(value, int):
-            if value < 1:
-                raise ValueError("must be at least 1")
+            if not 1 <= value <= _MOST_SEEDS:
+                raise ValueError(f"must be at least 1, and {_MOST_SEEDS} at most")
         elif not value or min(value) < 0 or len(set(value)) < len(value):
             raise ValueError("must be different numbers of at least 0")
         return value
@@ -320,13 +335,40 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+        if len(data) > _LARGEST_FILE:
+            raise DataError(f"{path} is too large for settings: give a file below 1 MiB")
+        return parse_toml(data.decode())
     except FileNotFoundError as error:
         raise UsageError(f"there is no config file {path}: check the path") from error
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path} is not TOML ({error}): correct that line") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Read TOML that may be malformed.
+
+    Args:
+        text: the TOML.
+
+    Returns:
+        Its tables.
+
+    Raises:
+        ValueError: it is not TOML, or nested so deeply that nobody means it. ``tomllib`` recurses
+            there, or takes memory with the square of the parts of a key.
+    """
+    if _LONG_KEY.search(text):
+        raise ValueError("a key has more than 32 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def to_toml(config: BaseModel) -> str:
