@@ -7,12 +7,14 @@ Each finished unit is one JSON file there, written atomically.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,9 @@ from guywire.core.checkpoint import write_json
 from guywire.core.errors import DataError, need
 from guywire.lab.studies.study import MACHINERY, Study, Unit
 
-__all__ = ["Cache", "default_folder", "fingerprint"]
+__all__ = ["Cache", "default_folder", "fingerprint", "sweep"]
+
+_LONG_AGO = 3600.0  # seconds; no file of a study takes so long to write
 
 
 def default_folder() -> Path:
@@ -68,6 +72,18 @@ def fingerprint(study: Study, module: ModuleType, settings: Mapping[str, Any]) -
     return digest.hexdigest()
 
 
+def sweep(*folders: Path) -> None:
+    """Remove what writers left that were killed long ago; others may be writing there right now.
+
+    Args:
+        folders: where.
+    """
+    for path in (p for folder in folders for p in folder.glob(".*.tmp")):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LONG_AGO:
+                path.unlink()
+
+
 class Cache:
     """The folder of one run of a study.
 
@@ -90,6 +106,7 @@ class Cache:
         if fresh:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.files.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder, self.files)
 
     def get(self, unit: Unit) -> dict[str, Any] | None:
         """Return the record of a finished unit.
@@ -103,10 +120,10 @@ class Cache:
         """
         try:
             record = json.loads(self._path(unit).read_text(encoding="utf-8"))
-            files = record["files"]
-        except (OSError, ValueError, KeyError):
+            there = all((self.files / name).exists() for name in record["files"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return record if all((self.files / name).exists() for name in files) else None
+        return record if there else None
 
     def put(self, unit: Unit, record: Mapping[str, Any]) -> None:
         """Remember a finished unit.

@@ -18,7 +18,7 @@ from guywire.core.checkpoint import write_json, write_parquet
 from guywire.core.errors import UsageError
 from guywire.lab.studies import load, module_of
 from guywire.lab.studies.bench import Bench, Choice
-from guywire.lab.studies.cache import Cache, default_folder, fingerprint
+from guywire.lab.studies.cache import Cache, default_folder, fingerprint, sweep
 from guywire.lab.studies.crew import Crew
 from guywire.lab.studies.pool import Pool, Progress
 from guywire.lab.studies.statistics import Row, Table
@@ -93,6 +93,7 @@ def run_study(
     result |= {"size": size, "overrides": overrides, "computed_units": computed, "called": name}
     folder = out / study.slug / size
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     write_parquet(folder / "rows.parquet", _columns(bench.rows))
     write_json(folder / "result.json", result)
     return result | {"folder": str(folder)}
