@@ -176,6 +176,64 @@ def write_trial(
     (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
+def tried(number: int, values: dict[str, Any], accuracies: list[float | None]) -> dict[str, Any]:
+    seeds: list[dict[str, Any]] = [
+        {"seed": 1000 + k, "error": "it diverged"}
+        if a is None
+        else {"seed": 1000 + k, "accuracy": a, "forgetting": (1 - a) / 2}
+        for k, a in enumerate(accuracies)
+    ]
+    known = [a for a in accuracies if a is not None]
+    score = sum(known) / len(known) if len(known) == len(accuracies) else None
+    return {"number": number, "values": values, "score": score, "seeds": seeds}
+
+
+def sweep_document() -> dict[str, Any]:
+    l2 = [tried(k, {"strength": 10.0**k}, [0.5 + 0.05 * k, 0.52 + 0.05 * k]) for k in range(4)]
+    l2.append(tried(4, {"strength": 1e4}, [0.2, None]))
+    replay = [
+        tried(0, {"capacity": 50, "<b>": "a"}, [0.7, 0.72]),
+        tried(1, {"capacity": 100, "<b>": "b"}, [0.8, 0.82]),
+    ]
+    return {
+        "sampler": "grid",
+        "metric": "accuracy",
+        "minimised": False,
+        "seeds": [1000, 1001],
+        "evaluated_on": "valid",
+        "not_tuned": ["finetune"],
+        "methods": [
+            {
+                "method": "l2",
+                "options": [{"name": "strength", "low": 1.0, "high": 1e4, "log": True}],
+                "trials": l2,
+                "best": 3,
+                "chosen": {"strength": 1000.0},
+                "score": 0.66,
+                "edges": {},
+            },
+            {
+                "method": "replay",
+                "options": [
+                    {"name": "capacity", "values": [50, 100], "log": False},
+                    {"name": "<b>", "values": ["a", "b"], "log": False},
+                ],
+                "trials": replay,
+                "best": 1,
+                "chosen": {"capacity": 100, "<b>": "b"},
+                "score": 0.81,
+                "edges": {"capacity": "high"},
+            },
+        ],
+    }
+
+
+@pytest.fixture(scope="session")
+def swept() -> dict[str, Any]:
+    """A ``sweep.json``: one option with a value that diverged, and two options at an edge."""
+    return sweep_document()
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Write a simulated run below the test's own folder."""

@@ -47,6 +47,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, finished_run: Path, request:
     texts = write(folder / "texts", seeds=2, tasks=3, text=True, class_names=[f"{long} {k}" for k in range(6)])  # fmt: skip
     few = {"ewc": (0.3, 0.4, 0.9, 5.0, 0.8), "replay": (0.5, 0.8, 0.9, 8.0, 0.1)}
     many = write(folder / "many", behaviour=few, seeds=2, tasks=12)
+    (many / "sweep.json").write_text(json.dumps(request.getfixturevalue("swept")))
     odd = {
         "ewc+replay+feature-distillation-with-a-long-name-of-one-word": (
             0.5,
