@@ -345,7 +345,7 @@ def _width(model: Any, stream: Stream, label: str) -> int:
 def _loading(label: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise whatever they like
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
             f"the model {label!r} cannot be loaded from the hub, its cache or a folder of that "
