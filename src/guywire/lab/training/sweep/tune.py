@@ -61,6 +61,8 @@ def check(config: CompareConfig) -> None:
     if sweep.sampler == "tpe":
         need("optuna", extra="sweep")
         need("sqlalchemy", extra="sweep")
+        if sweep.storage != "sqlite":
+            need("psycopg", extra="postgres")
 
 
 def check_data(stream: Stream) -> None:
@@ -159,7 +161,7 @@ def tune(config: CompareConfig, run: RunFolder, runner: Runner) -> dict[str, Any
             name = _run_id(run)
             for method in methods:
                 ledger = tpe.Ledger(
-                    f"{run.path.resolve().name}-{name}: {method.name}",
+                    f"{name}: {method.name}",
                     _mark(config, method),
                     method.axes,
                     sweep,
@@ -329,7 +331,7 @@ def _run_id(run: RunFolder) -> str:
     """What tells this run's studies from those of other runs in the same database."""
     known = run.facts().get("sweep_id")
     if known is None:
-        known = uuid.uuid4().hex[:12]
+        known = f"{run.path.resolve().name}-{uuid.uuid4().hex[:12]}"
         run.note(sweep_id=known)
     return str(known)
 
