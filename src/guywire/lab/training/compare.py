@@ -123,9 +123,9 @@ def _carry_out(
         going_on = run.prepare(config, resume=resume)  # another process may have been quicker
         with run.told():
             run.started(command, config)
-            run.describe(config, stream)
             if begun is not None:
-                begun(run.path, config, stream)
+                begun(run.path, config, stream)  # from here on an interrupt can say where to go on
+            run.describe(config, stream)
             trials = runner(config, resume=going_on, done=done, tick=tick)
             tuned = None if config.sweep is None else tune.tune(config, run, trials)
             chosen = None if tuned is None else tune.options_of(config, tuned)
