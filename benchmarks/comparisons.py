@@ -357,7 +357,7 @@ def importing(plan: Plan) -> list[Row]:
         row(
             answers, out, "importing", "import, beyond that of torch", "s",
             Cost("guywire", "import"), name, Cost(name, "import"),
-            limit=0.15 if number == 0 else None, note=modules[name][1],
+            limit=0.15 if number == 0 else None, note=f"the module {modules[name][1]}",
         )
         for number, name in enumerate(modules)
     ]  # fmt: skip

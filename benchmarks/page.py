@@ -87,8 +87,9 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for r in rows:
         if r["verdict"].startswith("we lose"):
-            by = f", by {number(r['ratio']['median'])}" if r["ratio"] else ""
-            said.append(f"{r['figure']}, beside {r['peer']}{by}: {r['verdict']}.")
+            by = f", at {number(r['ratio']['median'])} times its cost" if r["ratio"] else ""
+            note = f" ({r['note']})" if r["note"] else ""
+            said.append(f"{r['figure']}, beside {r['peer']}{by}: {r['verdict']}{note}.")
         elif "missed" in r["verdict"]:
             value = number(r["ours"]["median"])
             said.append(f"{r['figure']}: {value}, {r['verdict']}.")

@@ -261,7 +261,7 @@ def test_the_page_says_where_we_lose_and_is_renewed_in_place(tmp_path):
     found = results(tmp_path)
     text = page.section(found, ["growth-tasks"])
     assert "**Where we lose**" in text
-    assert "step, beside Avalanche, by 1.57: we lose." in text
+    assert "step, beside Avalanche, at 1.57 times its cost: we lose (each over its own)." in text
     assert "| pull | 2.00 copies | one copy | – | limit 2.9 kept |" in text
     assert "quick sizes" in text
     assert "![A <step>](_static/growth-tasks.svg)" in text
