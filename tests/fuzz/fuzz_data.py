@@ -140,8 +140,13 @@ def flags(rng: Rng, place: Place) -> Read:
     return lambda: _stopped(*words)
 
 
+@functools.cache
 def _load_late() -> None:
-    """What optimisers import when they are made writes to torch's own cache folder."""
+    """The first optimiser makes torch import what writes to torch's own cache folder."""
+    import torch
+
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        kind([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 def _stopped(*words: str) -> str:

@@ -158,7 +158,10 @@ def one(make: Make, name: str, seed: int, number: int, home: Path) -> tuple[str,
     place.make()
     cwd = os.getcwd()
     try:
-        read = make(generator, place)
+        try:
+            read = make(generator, place)
+        except Skipped:
+            return "skipped", ""
         before, peak = place.elsewhere(), _reset_peak()
         os.chdir(place.out)
         outcome = ("read", "")

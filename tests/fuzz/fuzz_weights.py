@@ -443,7 +443,7 @@ def _model_and_wires() -> tuple[Any, Any, list[Any]]:
     methods = [
         gw.L2(), gw.L1(), gw.EWC(), gw.PredictionDistillation(), gw.FeatureDistillation(),
         gw.Replay(criterion=lambda o, b: loss(o, b[1]), capacity=4),
-        gw.GEM(criterion=lambda o, b: loss(o, b[1])), gw.HalfFineTuning(),
+        gw.GEM(criterion=lambda o, b: loss(o, b[1])), gw.HalfFineTuning(categories={"*": "feed-forward"}),
     ]  # fmt: skip
     return model, optimizer, methods
 

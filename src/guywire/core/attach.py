@@ -12,6 +12,7 @@ loss and gradient to agree; under FSDP2 that communicates.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType, TracebackType
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from guywire.core import _stepping, batches, selection
 from guywire.core.aside import random_state_kept
-from guywire.core.errors import AttachError, CheckpointError
+from guywire.core.errors import AttachError, CheckpointError, GuywireError
 from guywire.core.regularizer import Regularizer, Step
 
 __all__ = ["Wires", "attach"]
@@ -63,6 +64,22 @@ def attach(
     if isinstance(regularizers, Regularizer):
         regularizers = [regularizers]
     return Wires(model, optimizer, regularizers)
+
+
+@contextlib.contextmanager
+def _sense(kind: str = "wires") -> Iterator[None]:
+    """A saved state comes from a file: what does not fit in it is the file's fault."""
+    try:
+        yield
+    except GuywireError:
+        raise
+    except (
+        KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError,
+    ) as error:  # fmt: skip
+        raise CheckpointError(
+            f"the saved state of {kind} makes no sense ({type(error).__name__}: {str(error)[:200]}): "
+            "it is damaged, or of another version"
+        ) from error
 
 
 class Wires:
@@ -207,20 +224,24 @@ class Wires:
         Raises:
             CheckpointError: it belongs to other regularizers, or is no such state.
         """
-        if not {"steps", "regularizers"} <= state.keys():
+        if not isinstance(state, dict) or not {"steps", "regularizers"} <= state.keys():
+            keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise CheckpointError(
-                f"a tree with the keys {sorted(state)} is not the state of wires: it needs "
+                f"a tree with the keys {keys} is not the state of wires: it needs "
                 "'steps' and 'regularizers', as wires.state_dict() gives them"
             )
-        kinds = [entry["kind"] for entry in state["regularizers"]]
+        with _sense():
+            kinds = [entry["kind"] for entry in state["regularizers"]]
+            steps = int(state["steps"])
         mine = [type(r).__name__ for r in self.regularizers]
         if kinds != mine:
             raise CheckpointError(f"the state is of {kinds}, but attached are {mine}")
         for regularizer, entry in zip(self.regularizers, state["regularizers"], strict=True):
-            regularizer.load_state_dict(entry["state"])
+            with _sense(type(regularizer).__name__):
+                regularizer.load_state_dict(entry["state"])
         # A method's own parameters may take the shapes that they had when the state was saved.
         self._known = _stepping.fingerprint(self._inner)
-        self.steps = int(state["steps"])
+        self.steps = steps
 
     def __enter__(self) -> Wires:
         return self
