@@ -256,3 +256,51 @@ def test_errors(one, tmp_path):
     dcp.save({"wires": run.wires}, checkpoint_id=tmp_path / "bare")
     with pytest.raises(CheckpointError, match="without importances"):
         dcp.load({"wires": fresh.wires}, checkpoint_id=tmp_path / "bare")
+
+
+def fisher(rank, world, whole):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from guywire.curvature import _shards
+
+    model = net("L2")
+    mesh = init_device_mesh("cpu", (world,))
+    for part in (model.first, model.head, model):
+        fully_shard(part, mesh=mesh)
+    _shards._WHOLE = whole
+    most = []
+    shard = _shards.Processes.shard
+
+    def counted(self, total, parameter):
+        most.append(sum(t.numel() for t in sums[0].totals.values()) + total.numel())
+        return shard(self, total, parameter)
+
+    sums = []
+    begin = _shards.Shards.__init__
+
+    def noted(self, recorder, *rest):
+        sums.append(recorder)
+        begin(self, recorder, *rest)
+
+    _shards.Processes.shard, _shards.Shards.__init__ = counted, noted
+    shares = [tuple(t.chunk(world)[rank] for t in data(s)) for s in range(2 if rank else 3)]
+    return {"fisher": gw.gathered(gw.curvature.diagonal_fisher(model, shares)), "most": most}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_whole_sums_of_one_block_at_a_time(world):
+    model = net("L2")
+    shares = [data(step) for step in range(3)]
+    shares = [tuple(t.chunk(world)[r] for t in shares[s])
+              for r in range(world) for s in range(2 if r else 3)]  # fmt: skip
+    wanted = gw.curvature.diagonal_fisher(model, shares)
+    size = sum(p.numel() for p in model.parameters())
+    largest = sum(p.numel() for m in (model.first, model.gate) for p in m.parameters())
+    for whole, limit in ((0, largest), (1 << 28, size)):
+        for result in run_processes(fisher, world, world=world, whole=whole):
+            assert_same(result["fisher"], wanted, 1e-10)
+            assert max(result["most"]) == limit  # the head's are gone when the first layer's come
+            # 5 classes, 3 batches, 6 parameters, and once more at the end; or only there.
+            assert len(result["most"]) == (6 * (5 * 3 + 1) if whole == 0 else 6)

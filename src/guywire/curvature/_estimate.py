@@ -18,6 +18,7 @@ from guywire.curvature._capture import Recorder
 from guywire.curvature._probe import run_probe, take
 from guywire.curvature._processes import Processes
 from guywire.curvature._quiet import quiet
+from guywire.curvature._shards import Shards
 
 __all__ = ["estimate"]
 
@@ -104,9 +105,14 @@ class _Estimate:
         }
         dtypes = {n: torch.promote_types(p.dtype, torch.float32) for n, p in params.items()}
         self.recorder = recorder(model, names, dtypes, {n: p.shape for n, p in params.items()})
+        self.shards = Shards(self.recorder, params, processes)
         self.probed = False
 
     def run(self, data: Iterable[Any]) -> None:
+        with self.shards.listening():
+            self._run(data)
+
+    def _run(self, data: Iterable[Any]) -> None:
         last: Any = None
         for batch in self._in_step(data):
             if batch is not None:
@@ -222,6 +228,7 @@ class _Estimate:
             if signal is None:
                 signal = targets.zero()
             self.recorder.backward(logits, signal, last=i == passes - 1)
+            self.shards.end_pass()
         if counts:
             self.count += targets.count(self.unit)
 
@@ -246,25 +253,24 @@ class _Estimate:
             )
 
     def compute(self) -> Tensors:
+        follow = self.processes.together and self.recorder.sharded
+        sharded = dict.fromkeys(
+            n for n, p in self.params.items() if follow and hasattr(p, "device_mesh")
+        )
         totals: Tensors = {}
-        for name in self.params:
+        for name in [n for n in self.params if n not in sharded]:
             found = self.recorder.totals.pop(name, None)
             totals[name] = self.recorder.zero(name) if found is None else found
         count = float(self.count)
         if self.processes.together:
-            follow = self.recorder.sharded
-            plain = {
-                n: t
-                for n, t in totals.items()
-                if not (follow and hasattr(self.params[n], "device_mesh"))
-            }
+            plain = dict(totals)
             sums = _Sums(plain, self.count, self.device)
             sums.reduce(self.processes.group)
             count = float(sums.count)
             for i, name in enumerate(plain):
                 totals[name] = getattr(sums, f"total{i}")
-            for name in [n for n in totals if n not in plain]:  # in the same order everywhere
-                totals[name] = self.processes.shard(totals[name], self.params[name])
+            shards = {name: self.shards.take(name) for name in sharded}  # in one order everywhere
+            totals = {n: shards[n] if n in shards else totals[n] for n in self.params}
         if count == 0:
             raise DataError(
                 "no target in the data: every label is ignored (-100) or at padding"

@@ -54,8 +54,9 @@ def diagonal_fisher(
     For Hugging Face causal language models labels are shifted by one, as in their own loss.
 
     Under DDP and FSDP2 each process passes its own part of the data and all get the result for the
-    whole; under FSDP2 as DTensors sharded like the parameters. (FSDP2: sums are kept in full shape
-    on each process until the end.)
+    whole; under FSDP2 as DTensors sharded like the parameters. (FSDP2: where whole sums of all
+    selected parameters take more than 256 MiB, each block's are handed to the owners of the shards
+    during the backward pass, so a process holds its shards and the whole sums of a block or two.)
 
     Args:
         model: gives logits ``[B, C]`` or ``[B, T, V]`` (or ``[B, C, ...]`` with labels

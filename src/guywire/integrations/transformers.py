@@ -32,6 +32,7 @@ from guywire.core.aside import is_aside
 from guywire.core.attach import Wires, attach
 from guywire.core.errors import AttachError, CheckpointError, need
 from guywire.core.regularizer import Regularizer
+from guywire.core.sharded import gathered
 
 need("transformers", extra="hf")
 
@@ -136,8 +137,11 @@ class GuywireCallback(TrainerCallback):
             **kwargs: not used.
         """
         folder = _folder(args, state)
-        if self.wires is not None and args.should_save and folder.is_dir():
-            checkpoint.save(folder / FILE, self.wires.state_dict())
+        if self.wires is None:
+            return
+        whole = gathered(self.wires.state_dict())  # under FSDP2 every process takes part
+        if args.should_save and folder.is_dir():
+            checkpoint.save(folder / FILE, whole)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Consolidate on the training data, if asked to.
