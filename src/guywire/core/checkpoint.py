@@ -220,8 +220,15 @@ def write_parquet(path: str | os.PathLike[str], columns: dict[str, Any]) -> None
     """
     arrow = need("pyarrow", extra="cli")
     parquet = need("pyarrow.parquet", extra="cli")
+    try:
+        table = arrow.table(columns)
+    except (arrow.ArrowException, OverflowError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: what it is made of makes no column ({str(error)[:200]}); a file "
+            "that it was read from is damaged"
+        ) from error
     with _replacing(Path(path)) as file:
-        parquet.write_table(arrow.table(columns), file, compression="zstd")
+        parquet.write_table(table, file, compression="zstd")
 
 
 def cannot_write(path: str | os.PathLike[str], error: OSError) -> CheckpointError:

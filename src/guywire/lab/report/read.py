@@ -76,7 +76,10 @@ class Trial:
     def matrix(self) -> list[list[float | None]]:
         """Accuracy by trained-through task (row) and evaluated task (column)."""
         rows = self.result.get("accuracy_matrix") or []
-        return [[None if v is None or math.isnan(v) else float(v) for v in row] for row in rows]
+        try:
+            return [[None if v is None or math.isnan(v) else float(v) for v in row] for row in rows]
+        except (TypeError, OverflowError) as error:
+            raise DataError(f"the accuracy_matrix of {self.name!r} is none: {_REMEDY}") from error
 
 
 @dataclass(frozen=True, slots=True)
