@@ -126,7 +126,7 @@ def ewc(plan: Plan) -> list[Row]:
 
 def fisher(plan: Plan) -> list[Row]:
     """The exact diagonal Fisher beside three peers, over a plain pass over the same samples."""
-    cases = {"mlp": (1000, 200, 50, 1.3), "resnet18": (64, 32, 16, 1.6)}
+    cases = {"mlp": (1000, 200, 50, 1.3), "resnet18": (64, 16, 16, 1.6)}
     if plan.quick:
         cases = {"mlp": (300, 200, 50, 1.3), "resnet18": (8, 32, 16, 1.6)}
     rows = []

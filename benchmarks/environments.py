@@ -29,6 +29,10 @@ class EnvironmentFailed(RuntimeError):
     """An environment could not be made; says why."""
 
 
+_failed: dict[Path, str] = {}
+"""Tried once a run: pip's patience without a network is long."""
+
+
 def _run(words: list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -58,6 +62,8 @@ def environment(
     python, stamp = folder / "bin" / "python", folder / "made"
     if python.exists() and stamp.is_file() and stamp.read_text() == wanted:
         return python
+    if folder in _failed:
+        raise EnvironmentFailed(_failed[folder])
     print(f"making {folder.name}'s environment, once", flush=True)
     try:
         run([sys.executable, "-m", "venv", str(folder)])
@@ -70,8 +76,12 @@ def environment(
         if name in BESIDE_OURS:
             _see_ours(folder)
         stamp.write_text(wanted)
+    except EnvironmentFailed as error:
+        _failed[folder] = str(error)
+        raise
     except OSError as error:
-        raise EnvironmentFailed(f"{type(error).__name__}: {error.strerror or error}") from error
+        _failed[folder] = f"{type(error).__name__}: {error.strerror or error}"
+        raise EnvironmentFailed(_failed[folder]) from error
     return python
 
 

@@ -163,11 +163,13 @@ def build(case: str) -> tuple[nn.Module, Batches]:
     return CASES[case]()
 
 
-def measure(case: str, repeats: int) -> dict[str, Any]:
+def measure(case: str, repeats: int, peers: bool = True) -> dict[str, Any]:
     model, batches = build(case)
     times: dict[str, list[float]] = {}
     notes: dict[str, str] = {}
     for name, run in METHODS.items():
+        if not peers and name not in ("plain", "guywire"):
+            continue
         try:
             run(model, batches[:1])
             times[name] = []
@@ -228,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help=argparse.SUPPRESS)
@@ -236,7 +239,7 @@ def main() -> None:
     if args.peak:
         report_peak(*args.peak)
         return
-    rows = [measure(case, args.repeats) for case in args.case or CASES]
+    rows = [measure(case, args.repeats, not args.no_peers) for case in args.case or CASES]
     if args.json:
         print(json.dumps({"results": rows, "threads": args.threads}, indent=2))
         return

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.comparisons import Plan, processes
+from benchmarks.comparisons import Plan, ewc, processes
 from benchmarks.driver import Cost, Row, alternate, spread
 
 __all__ = ["batch", "parameters", "tasks"]
@@ -59,9 +59,8 @@ def parameters(plan: Plan) -> tuple[list[Row], list[Series]]:
 
 def tasks(plan: Plan) -> tuple[list[Row], list[Series]]:
     """Step and memory of EWC against tasks, from what the comparison ``ewc`` measured."""
-    answers = plan.answers.get("ewc")
-    if answers is None:
-        return [], []
+    rows = [] if "ewc" in plan.answers else ewc(plan)
+    answers = plan.answers["ewc"]
     times: dict[str, list[list[float]]] = {}
     memory: dict[str, list[list[float]]] = {}
     for side, label in (("guywire", "Guywire"), ("avalanche", "Avalanche")):
@@ -74,7 +73,7 @@ def tasks(plan: Plan) -> tuple[list[Row], list[Series]]:
              for k in after}
         )  # fmt: skip
     missing = {k: "not measured" for k, v in times.items() if not v}
-    return [], [
+    return rows, [
         {"title": "A step with EWC", "name": "growth-tasks", "x": "tasks", "y": "times a plain step",
          "log": ["x", "y"], "lines": times, "missing": missing},
         {"title": "What EWC holds", "name": "growth-memory", "x": "tasks",
@@ -111,11 +110,6 @@ def batch(plan: Plan) -> tuple[list[Row], list[Series]]:
          "y": "times a plain pass at that batch", "log": ["x", "y"],
          "lines": {k: _points(v) for k, v in lines.items()}, "missing": missing},
     ]  # fmt: skip
-
-
-def slope(points: list[list[float]]) -> float | None:
-    """Last median over first, or ``None`` for fewer than two points."""
-    return points[-1][1] / points[0][1] if len(points) > 1 else None
 
 
 def summary(series: list[Series]) -> list[str]:

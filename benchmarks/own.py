@@ -120,7 +120,7 @@ SCRIPTS: dict[
 ] = {
     "penalty": (_penalty, [], ["--rounds", "9"]),
     "data": (_data, [], ["--steps", "30"]),
-    "passes": (_fisher, [], None),
+    "passes": (_fisher, ["--no-peers"], None),
     "half_fine_tuning": (_half, [], None),
     "pego": (_pego, [], ["--rounds", "3"]),
     "pela": (_pela, [], None),
