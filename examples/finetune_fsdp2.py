@@ -36,7 +36,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import guywire as gw
 
-STRENGTHS = {"none": 0.0, "l2": 0.1, "ewc": 1.0}
+STRENGTHS = {"none": 0.0, "l2": 0.01, "ewc": 1.0}
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
