@@ -162,7 +162,13 @@ class Checkpoint:
         """
         entry = self.tensors[name]
         stop = entry.numel if stop is None else stop
-        out = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+        try:
+            out = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+        except RuntimeError as error:  # so torch says that memory is out
+            raise CheckpointError(
+                f"{name[:80]!r} in {entry.file} takes {(stop - start) * entry.width} bytes, more than "
+                "this machine has memory for"
+            ) from error
         if stop > start:
             view = out.view(torch.uint8).numpy().data
             at = entry.offset + start * entry.width
