@@ -27,7 +27,7 @@ def _points(found: Mapping[float, list[float] | None]) -> list[list[float]]:
 
 def parameters(plan: Plan) -> tuple[list[Row], list[Series]]:
     """The pulls as copies of the parameters, the Fisher as plain passes, from 1e5 to 1e8."""
-    widths = {1e5: 312, 1e6: 995, 1e7: 3157, 1e8: 9995}
+    widths = {1e5: 220, 1e6: 702, 1e7: 2230, 1e8: 7065}
     if plan.quick:
         widths = {k: v for k, v in widths.items() if k <= 1e6}
     lines: dict[str, dict[float, list[float] | None]] = {
