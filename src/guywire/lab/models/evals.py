@@ -101,8 +101,8 @@ def text_batches(
     transformers = need("transformers", extra="hf")
     with huggingface._loading(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    limit = min(length, tokenizer.model_max_length)
-    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=limit)["input_ids"]
+        limit = min(length, tokenizer.model_max_length)
+        ids = tokenizer([text for text, _ in rows], truncation=True, max_length=limit)["input_ids"]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     labels = [None if label is None else class_number(label, config) for _, label in rows]
     order = sorted(range(len(rows)), key=lambda i: (len(ids[i]), i))

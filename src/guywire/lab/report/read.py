@@ -160,8 +160,16 @@ def read_run(run_dir: Path) -> Run:
         raise DataError(f"{str(path)!r} is not TOML ({error}): {_REMEDY}") from error
     info = _json(run_dir / "run.json")
     stream = dict(_json(run_dir / "stream.json"))
-    tasks = _tasks(stream.pop("tasks", []), stream.get("class_names") or [], run_dir / "samples")
-    trials = _trials(run_dir / "trials", config, info)
+    try:
+        names = stream.get("class_names") or []
+        tasks = _tasks(stream.pop("tasks", []), names, run_dir / "samples")
+        trials = _trials(run_dir / "trials", config, info)
+    except DataError:
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"the files of {str(run_dir)!r} hold what no run writes ({str(error)[:200]}): {_REMEDY}"
+        ) from error
     tuned = _json(run_dir / "sweep.json")
     return Run(run_dir.resolve().name, text, config, info, stream, tasks, trials, tuned)
 
@@ -230,6 +238,8 @@ def _trials(folder: Path, config: Mapping[str, Any], info: Mapping[str, Any]) ->
             found[directory.name] = _trial(directory, info)
     methods = [str(m) for m in config.get("methods") or ()]
     seeds = config.get("seeds", ())
+    if isinstance(seeds, int) and seeds > 100_000:
+        raise ValueError(f"{seeds} seeds")
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     have = {(t.method, t.seed) for t in found.values()}
     for method in methods:

@@ -38,8 +38,12 @@ def parquet_table(path: Path, config: StreamConfig, name: str | None = None) -> 
     try:
         with pq.ParquetFile(path) as file:
             columns = find_columns(config, file.schema_arrow.names, name)
+            twice = next((c for c in columns.names if file.schema_arrow.names.count(c) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path} has two columns {twice!r}: rename one of them")
             table = file.read(columns=columns.names)
-    except (pa.ArrowException, OSError) as error:
+            table.validate(full=True)  # texts that are no UTF-8, offsets that lead elsewhere
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be read as a parquet file: {reason}") from error
     return columns_table(table, columns, config, name)

@@ -157,12 +157,22 @@ def finished(directory: Path) -> dict[str, Any] | None:
     try:
         result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
         parquet.read_table(directory / "metrics.parquet")
-    except (OSError, ValueError):  # those of pyarrow are of either kind
+    except (OSError, ValueError, RecursionError):  # those of pyarrow are of either kind
         return None
-    whole = isinstance(result, dict) and {"method", "seed", "metrics", "accuracy_matrix"} <= set(
-        result
+    whole = (
+        isinstance(result, dict)
+        and isinstance(result.get("method"), str)
+        and type(result.get("seed")) is int
+        and isinstance(metrics := result.get("metrics"), dict)
+        and all(map(_number, metrics.values()))
+        and isinstance(matrix := result.get("accuracy_matrix"), list)
+        and all(isinstance(row, list) and all(map(_number, row)) for row in matrix)
     )
     return result if whole else None
+
+
+def _number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
 
 
 def check_data(stream: Stream) -> None:

@@ -257,8 +257,11 @@ class RunFolder:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+            return found
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path} is damaged ({error}): delete it and go on with --resume"
             ) from error
