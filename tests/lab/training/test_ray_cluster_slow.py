@@ -80,7 +80,14 @@ class Nodes:
 
 def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"} | more
+    # Ray turns 127.0.0.1 into the machine's outward address, where nothing of ours listens, unless
+    # told that this is a machine without clusters.
+    ours = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    return kept | ours | more
 
 
 @contextlib.contextmanager
