@@ -115,8 +115,8 @@ def config(rng: Rng, place: Place) -> Read:
             lines.insert(int(rng.integers(len(lines))), pick(rng, lines))
             text = b"\n".join(lines)
     file.write_bytes(text)
-    flags = () if b"out" in text else ("--out", str(place.out / "run"))
-    return lambda: _stopped("compare", str(file), *flags)
+    # An `out` in the file is where its user wants the run to be: the flag is stronger.
+    return lambda: _stopped("compare", str(file), "--out", str(place.out / "run"))
 
 
 def flags(rng: Rng, place: Place) -> Read:

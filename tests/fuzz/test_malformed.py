@@ -218,6 +218,37 @@ def test_pipes_and_circular_links_among_images_are_passed_over(tmp_path):
         streams.load(streams.StreamConfig(data=str(root)))
 
 
+def test_images_without_pixels_are_none(tmp_path):
+    labels = np.arange(40, dtype=np.uint8) % 4
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(fuzz_data.idx_bytes(labels))
+    images = fuzz_data.idx_bytes(np.zeros((40, 0, 0), "u1"))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(images)
+    with pytest.raises(DataError, match="not images"):
+        streams.load(streams.StreamConfig(data=str(tmp_path), image_size=7))
+
+
+def test_two_columns_of_one_name(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["a", "b"] * 10, "label": [0, 1] * 10})
+    pq.write_table(table.append_column("label", table["label"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="two columns 'label'"):
+        streams.load(streams.StreamConfig(data=str(tmp_path / "x.parquet")))
+
+
+def test_texts_of_a_table_that_are_no_unicode(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": ["abcdefgh" * 4] * 20, "label": [0, 1] * 10})
+    pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)
+    data = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(data.replace(b"abcdefgh", b"abc\xffefgh"))
+    with pytest.raises(DataError, match="cannot be read as a parquet file"):
+        streams.load(streams.StreamConfig(data=str(tmp_path / "x.parquet")))
+
+
 def test_an_image_size_that_fills_memory_is_refused_before(monkeypatch):
     monkeypatch.setattr("guywire.lab.streams.images._memory", lambda: 1 << 26)
     with pytest.raises(UsageError, match="give a smaller --image-size"):

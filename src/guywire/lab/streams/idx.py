@@ -138,6 +138,7 @@ def idx_table(folder: Path, name: str, how: str) -> Table:
         if (
             x.dtype != np.uint8
             or x.ndim not in (3, 4)
+            or not x.size
             or (x.ndim == 4 and x.shape[1] not in (1, 3))
         ):
             raise DataError(
