@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 SECONDS = 5.0  # of the processor, for one input
-SILENCE = 60.0  # of the clock, until a child counts as hung
+SILENCE = 120.0  # of the clock, until a child counts as hung
 GROWTH = 400 << 20  # bytes by which one input may raise the peak of resident memory
 SENTENCE = 4000  # characters of an error, at most
 

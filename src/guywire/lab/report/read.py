@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from guywire.core.errors import DataError, need
+from guywire.lab.training.config import parse_toml
 
 __all__ = ["Curve", "Run", "TaskFacts", "Trial", "read_run"]
 
@@ -155,8 +155,8 @@ def read_run(run_dir: Path) -> Run:
     path = run_dir / "config.toml"
     try:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        config = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        config = parse_toml(text)
+    except ValueError as error:
         raise DataError(f"{str(path)!r} is not TOML ({error}): {_REMEDY}") from error
     info = _json(run_dir / "run.json")
     stream = dict(_json(run_dir / "stream.json"))

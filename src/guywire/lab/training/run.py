@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,14 @@ import guywire
 from guywire.core import checkpoint
 from guywire.core.errors import DataError, GuywireError, UsageError
 from guywire.lab.streams import Stream
-from guywire.lab.training.config import CompareConfig, differences, parse, read_toml, to_toml
+from guywire.lab.training.config import (
+    CompareConfig,
+    differences,
+    parse,
+    parse_toml,
+    read_toml,
+    to_toml,
+)
 
 __all__ = ["RunFolder", "default_folder", "list_runs"]
 
@@ -72,7 +78,13 @@ class RunFolder:
             DataError: it was changed since, or is not TOML.
         """
         text = self._settings()
-        return None if text is None else tomllib.loads(text)
+        try:
+            return None if text is None else parse_toml(text)
+        except ValueError as error:
+            raise DataError(
+                f"the settings in {self.path} are not TOML ({error}): put the originals back, or "
+                "choose another --out"
+            ) from error
 
     def _settings(self) -> str | None:
         # TOML cut between two lines is still TOML, and what is missing would silently take its
@@ -80,7 +92,8 @@ class RunFolder:
         path = self.path / _CONFIG
         copy: str | None = None
         with contextlib.suppress(DataError):
-            copy = self.facts().get("config")
+            kept_copy = self.facts().get("config")
+            copy = kept_copy if isinstance(kept_copy, str) else None
         if not path.is_file():
             return copy
         raw = path.read_bytes()
@@ -91,7 +104,7 @@ class RunFolder:
         if copy.encode().startswith(raw):
             return copy
         with contextlib.suppress(ValueError):
-            found, kept = tomllib.loads(raw.decode()), tomllib.loads(copy)
+            found, kept = parse_toml(raw.decode()), parse_toml(copy)
             if all(key.split(".")[0] in _FREE for key in differences(kept, found)):
                 return raw.decode()
         raise DataError(
