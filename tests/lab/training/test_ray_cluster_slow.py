@@ -48,7 +48,8 @@ class Nodes:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment(**more),
+            # Or Ray turns 127.0.0.1 into the machine's outward address, where nothing listens.
+            env=environment(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **more),
         )
         self.address = self.hear()["address"]
 
@@ -80,14 +81,7 @@ class Nodes:
 
 def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    # Ray turns 127.0.0.1 into the machine's outward address, where nothing of ours listens, unless
-    # told that this is a machine without clusters.
-    ours = {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    return kept | ours | more
+    return kept | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"} | more
 
 
 @contextlib.contextmanager
@@ -248,6 +242,7 @@ def test_a_ray_of_our_own_leaves_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(tmp_path, "c.toml", "--out", "run", "--on", "ray", HOME=str(home))
     until(saved(run / "trials" / "ewc-seed0"), process)
+    assert "attempt 1 on 127.0.0.1 (" in log(run, "ewc-seed0")  # loopback only
     process.send_signal(signal.SIGINT)
     assert "interrupted" in finish(process, 130)
     end = time.monotonic() + 20

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import ipaddress
 import json
 import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from guywire.core.errors import GuywireError, UsageError, need
+from guywire.lab.training.ray_guard import as_written, limited, quiet, signals_kept
 from guywire.lab.training.ray_node import Mailbox, run_on_node
 from guywire.lab.training.ray_settings import CLIENT_PORT, GCS_PORT, Place
 
@@ -31,6 +31,7 @@ __all__ = ["Cluster", "Died", "Refused", "joined"]
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PATIENCE = 60.0  # for the mailbox
+_JOINING = 120.0  # for a cluster to let us in
 
 
 class Died(Exception):
@@ -206,7 +207,7 @@ def joined(place: Place, cpus: float) -> Iterator[Cluster]:
         return
     address = os.environ.get("RAY_ADDRESS") or ""
     if place.kind == "own" and not address:
-        with _own_environment() as folder, _quiet():
+        with _own_environment() as folder, as_written(inherited=True), quiet():
             scratch = Path(folder) / "trials"
             scratch.mkdir()
             try:
@@ -215,7 +216,7 @@ def joined(place: Place, cpus: float) -> Iterator[Cluster]:
             finally:
                 ray.shutdown()
         return
-    with _quiet():
+    with quiet():
         try:
             client = _join(ray, place, address)
             yield from _used(Cluster(client=client))
@@ -234,7 +235,7 @@ def _used(cluster: Cluster) -> Iterator[Cluster]:
 def _start(ray: Any, cpus: float, folder: str) -> None:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    with _signals_kept():
+    with signals_kept():
         try:
             ray.init(
                 address="local",
@@ -260,13 +261,12 @@ def _join(ray: Any, place: Place, address: str) -> bool:
     else:
         client = _speaks_client(place)
         target = f"ray://{place.at}" if client else place.at
-    with _signals_kept():
+    # Where we were told a loopback address, something answered there: no other will do.
+    literal = place.kind == "address" and _loopback(place.host)
+    with signals_kept(), as_written() if literal else contextlib.nullcontext():
         try:
-            ray.init(
-                address=target,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
+            with limited(_JOINING):
+                ray.init(address=target, log_to_driver=False, logging_level=logging.CRITICAL)
         except Exception as error:  # of a dozen kinds
             raise UsageError(_cannot_join(target, client, error)) from error
     return client
@@ -279,6 +279,8 @@ def _cannot_join(target: str, client: bool, error: Exception) -> str:
         remedy = "Ray Client needs the cluster's own versions of Ray and of Python (its minor one)"
     elif "token" in text.lower() or "auth" in text.lower():
         remedy = "give the cluster's token in RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH"
+    elif isinstance(error, TimeoutError) and client:
+        remedy = "its Ray Client server cannot reach the cluster; see ray_client_server*.err there"
     elif client:
         remedy = f"is a Ray Client server running there (port {CLIENT_PORT} of the head node)?"
     elif target == "auto":
@@ -290,6 +292,15 @@ def _cannot_join(target: str, client: bool, error: Exception) -> str:
             f"{target}); from any other machine write --on ray://{host}:{CLIENT_PORT} (Ray Client)"
         )
     return f"cannot join the Ray cluster at {target} ({why}): {remedy}"
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _speaks_client(place: Place) -> bool:
@@ -352,32 +363,6 @@ def _own_environment() -> Iterator[str]:
             inside.Config.initialize("")
             inside.AuthenticationTokenLoader.instance().reset_cache()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Keep our own reaction to SIGTERM: ``ray.init`` sets another."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Let Ray's own remarks not tear the progress bar: what matters we say ourselves."""
-    log = logging.getLogger("ray")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _import_failed(error: Exception) -> str | None:
