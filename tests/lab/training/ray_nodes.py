@@ -1,7 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own (run as a script).
 
-Prints its addresses as JSON; the line ``kill N`` on standard input kills worker node N, as a power
-cut would; the end of standard input ends everything.
+Prints its addresses as JSON; the line ``kill PID`` on standard input kills the node on which that
+process works, as a power cut would; the end of standard input ends everything.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def main() -> None:
     for line in sys.stdin:
         word, _, number = line.strip().partition(" ")
         if word == "kill":
-            cluster.remove_node(workers[int(number)], allow_graceful=False)
+            # Ray's raylet starts the workers of its node.
+            parent = int(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[1])
+            (node,) = (n for n in workers if n.all_processes["raylet"][0].process.pid == parent)
+            cluster.remove_node(node, allow_graceful=False)
             sys.stdout.write(json.dumps({"killed": int(number)}) + "\n")
             sys.stdout.flush()
     cluster.shutdown()
