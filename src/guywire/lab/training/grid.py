@@ -129,7 +129,9 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
         kind = type(error).__name__
         why, trace = f"{kind}: {error}", traceback.format_exc()
     with contextlib.suppress(GuywireError):  # the disk may be what failed
-        checkpoint.write_json(directory / "error.json", {"error": why, "traceback": trace, "kind": kind})
+        checkpoint.write_json(
+            directory / "error.json", {"error": why, "traceback": trace, "kind": kind}
+        )
     return {"error": why}
 
 

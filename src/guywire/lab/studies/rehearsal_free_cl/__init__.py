@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "a_tasks": 10,
     "a_per_class": 12,
     "a_tuning_tasks": 3,
-    "a_epochs": 4,
+    "a_epochs": 3,
     "a_batch": 16,
     "a_rate": 2e-4,
     "a_head_rate": 1e-2,
@@ -52,10 +52,10 @@ SETTINGS: dict[str, Any] = {
     # Part B: garments.
     "b_tasks": 5,
     "b_side": 14,
-    "b_per_class": 600,
+    "b_per_class": 500,
     "b_test_fraction": 0.4,
     "b_tuning_tasks": 3,
-    "b_epochs": 6,
+    "b_epochs": 5,
     "b_batch": 64,
     "b_rate": 1e-3,
     "b_memory": 100,
@@ -67,12 +67,12 @@ SETTINGS: dict[str, Any] = {
     "c_tasks": 5,
     "c_per_class": 48,
     "c_tuning_tasks": 3,
-    "c_epochs": 6,
+    "c_epochs": 4,
     "c_batch": 32,
     "c_rate": 1e-3,
     "c_head_rate": 1e-2,
     "c_memory": 160,
-    "c_pretraining_epochs": 10,
+    "c_pretraining_epochs": 8,
     "c_pretraining_batch": 64,
     "c_pretraining_rate": 1e-3,
 }
@@ -204,7 +204,7 @@ STUDY = Study(
     run=run,
     checks=CHECKS,
     plots=PLOTS,
-    minutes=7.0,
+    minutes=8.0,
     code=tuple(
         f"guywire.lab.studies.rehearsal_free_cl.{part}"
         for part in ("arms", "captions", "drawings", "garments", "loop")
