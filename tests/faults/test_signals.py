@@ -17,14 +17,17 @@ if not hasattr(signal, "SIGHUP"):
 def test_a_second_signal_does_not_disturb_the_clearing_up(
     which: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = signal.getsignal(which)
-    with app._ended_by_signals() as interrupted:
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(which, signal.SIG_DFL)  # under nohup the tests themselves ignore SIGHUP
+    try:
+        with app._ended_by_signals() as interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(which)
             signal.raise_signal(which)
-        signal.raise_signal(which)
-        assert interrupted(["merge", "a", "b"]) == 128 + which
-    assert "go on with the same command and --resume" in capsys.readouterr().err
-    assert signal.getsignal(which) is before
+            assert interrupted(["merge", "a", "b"]) == 128 + which
+        assert "go on with the same command and --resume" in capsys.readouterr().err
+        assert signal.getsignal(which) is signal.SIG_DFL
+    finally:
+        signal.signal(which, before)
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored() -> None:

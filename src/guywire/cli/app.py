@@ -102,7 +102,7 @@ def _ended_by_signals() -> Iterator[Callable[[list[str]], int]]:
     Yields:
         What says how to go on, and returns the exit code.
     """
-    number, heard = signal.SIGINT, 0.0
+    number, heard = signal.SIGINT, float("-inf")
 
     def stop(which: int, _: object) -> None:
         nonlocal number, heard

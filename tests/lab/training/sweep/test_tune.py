@@ -162,7 +162,9 @@ def test_a_value_with_which_training_diverges_is_tried_and_not_chosen(tmp_path: 
     assert facts["status"] == "failed"
 
 
-def test_any_other_failure_stops_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_failure_stops_the_sweep(
+    whole: dict[str, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = grid.attempt
 
     def failing(spec: Any, directory: Path, resume: bool) -> dict[str, Any]:
