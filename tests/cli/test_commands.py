@@ -74,7 +74,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(
     out = tmp_path / "r"
     words = ["--epochs", "1", "--methods", "l2", "--option", "l2.anchor=initial", "--out", str(out)]
     assert main(["compare", str(file), *words]) == 0
-    from guywire.lab.training.config import read_toml
+    from guywire.lab.training.tables import read_toml
 
     stored = read_toml(out / "config.toml")
     assert (stored["epochs"], stored["lr"], stored["batch_size"]) == (1, 0.25, 32)

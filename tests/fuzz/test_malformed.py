@@ -22,7 +22,8 @@ from guywire.core.errors import CheckpointError, DataError, GuywireError, UsageE
 from guywire.lab import streams
 from guywire.lab.models.evals import read_texts
 from guywire.lab.streams.lines import text_lines
-from guywire.lab.training.config import CompareConfig, parse, read_toml
+from guywire.lab.training.config import CompareConfig, parse
+from guywire.lab.training.tables import read_toml
 from guywire.methods import merging
 from guywire.methods.merging.files import Checkpoint, read_header, read_json
 

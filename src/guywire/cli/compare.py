@@ -337,10 +337,11 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
 
 def _settings(file: Path | None, flags: dict[str, Any], resume: bool) -> Any:
     from guywire.lab.training import config as settings
+    from guywire.lab.training import tables
     from guywire.lab.training.run import RunFolder
 
     given = _given(flags)
-    base: dict[str, Any] = {} if file is None else settings.read_toml(file)
+    base: dict[str, Any] = {} if file is None else tables.read_toml(file)
     where = "" if file is None else str(file)
     if file is not None:
         settings.parse(settings.CompareConfig, base, where)
@@ -356,7 +357,7 @@ def _settings(file: Path | None, flags: dict[str, Any], resume: bool) -> Any:
                     "(with them, --resume starts a run where there is none)"
                 )
             base = stored or {}
-    return settings.parse(settings.CompareConfig, settings.merge(base, given))
+    return settings.parse(settings.CompareConfig, tables.merge(base, given))
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -370,7 +371,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(words: list[str]) -> dict[str, Any]:
-    from guywire.lab.training.config import parse_toml
+    from guywire.lab.training.tables import parse_toml
 
     table: dict[str, Any] = {}
     for word in words:

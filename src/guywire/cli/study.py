@@ -235,7 +235,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text!r}: write KEY=VALUE")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key, value  # a bare word is a string
 
 

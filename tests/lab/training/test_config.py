@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guywire.core.errors import DataError, UsageError
-from guywire.lab.training.config import (
-    CompareConfig,
-    TrialSpec,
-    differences,
-    merge,
-    parse,
-    read_toml,
-    to_toml,
-)
+from guywire.lab.training.config import CompareConfig, TrialSpec, parse
+from guywire.lab.training.tables import differences, merge, read_toml, to_toml
 
 
 @pytest.mark.parametrize(

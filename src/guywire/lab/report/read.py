@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from guywire.core.errors import DataError, need
-from guywire.lab.training.config import parse_toml
+from guywire.lab.training.tables import parse_toml
 
 __all__ = ["Curve", "Run", "TaskFacts", "Trial", "read_run"]
 

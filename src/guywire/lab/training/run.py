@@ -19,14 +19,8 @@ import guywire
 from guywire.core import checkpoint
 from guywire.core.errors import DataError, GuywireError, UsageError
 from guywire.lab.streams import Stream
-from guywire.lab.training.config import (
-    CompareConfig,
-    differences,
-    parse,
-    parse_toml,
-    read_toml,
-    to_toml,
-)
+from guywire.lab.training.config import CompareConfig, parse
+from guywire.lab.training.tables import differences, parse_toml, read_toml, to_toml
 
 __all__ = ["RunFolder", "default_folder", "list_runs"]
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guywire.core.errors import UsageError
-from guywire.lab.training.config import CompareConfig, parse, to_toml
+from guywire.lab.training.config import CompareConfig, parse
 from guywire.lab.training.sweep.config import SweepConfig, mask, without_password
+from guywire.lab.training.tables import to_toml
 
 URL = "postgresql://ann:s3cr3t@db:5432/sweeps"
 

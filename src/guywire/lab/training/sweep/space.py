@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from guywire.core.errors import UsageError
 from guywire.lab.training import arms
-from guywire.lab.training.config import CompareConfig, merge, nearest, parse
+from guywire.lab.training.config import CompareConfig, nearest, parse
 from guywire.lab.training.seeding import seed_of
+from guywire.lab.training.tables import merge
 
 __all__ = [
     "Axis",
