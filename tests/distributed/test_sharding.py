@@ -138,6 +138,13 @@ def shares(wires):
     return local / held if held else None
 
 
+def share_of_parameters(model):
+    """What :func:`shares` should be: sharded like the parameters, so as uneven as they are."""
+    parameters = list(model.parameters())
+    local = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
+    return local / sum(p.numel() for p in parameters)
+
+
 def remote(rank, world, kinds, folder, given):
     warnings.filterwarnings("error", message=".*guywire.*")
     results = {}
@@ -146,6 +153,7 @@ def remote(rank, world, kinds, folder, given):
         run = Run(kind, rank, world).train(0, HALF).save(mine).train(HALF, WHOLE)
         results[kind] = {
             "share": shares(run.wires),
+            "share of parameters": share_of_parameters(run.model),
             "through": run.result(),
             "again": Run(kind, rank, world).load(mine).train(HALF, WHOLE).result(),
             "from the other": Run(kind, rank, world).load(theirs).train(HALF, WHOLE).result(),
@@ -209,7 +217,7 @@ def check(kinds, ranks, wanted):
             assert set(shares) == {None}  # names, nothing, and small tensors of other shapes
         else:
             assert sum(shares) == pytest.approx(1.0)
-            assert max(shares) < 1.3 / len(shares)
+            assert shares == pytest.approx([r[kind]["share of parameters"] for r in ranks])
 
 
 def check_one(kinds, folder, wanted):

@@ -86,12 +86,18 @@ def states(storage: str, folder: Path) -> list[list[str]]:
 
 def start(folder: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
     words = ["compare", str(config), "--out", str(folder), *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "guywire.cli", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    with said(folder).open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "guywire.cli", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=err,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def said(folder: Path) -> Path:
+    """Where the command started last for this folder wrote its messages."""
+    return folder.with_name(f"{folder.name}.err")
 
 
 @pytest.mark.multiprocess
@@ -150,6 +156,7 @@ def server() -> Iterator[str]:
         port = probe.getsockname()[1]
     common: dict[str, Any] = {
         "cwd": base,
+        # The C locale makes a database of the encoding SQL_ASCII, the awkward one.
         "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"},
         **who,
     }
@@ -195,7 +202,7 @@ def test_a_study_in_postgresql(server: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, config)
     while not list(run.glob("sweep/*/result.json")):
-        assert process.poll() is None
+        assert process.poll() is None, said(run).read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -211,14 +218,15 @@ def test_a_study_in_postgresql(server: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert outcome(run) == outcome(whole)
     assert json.loads(done.stdout)["sweep"]["evaluated_on"] == "valid"
-    found = states(f"postgresql+psycopg://ann:{secret}@{server}/postgres", run)
+    database = f"postgresql+psycopg://ann:{secret}@{server}/postgres?client_encoding=utf8"
+    found = states(database, run)
     assert found == [["COMPLETE"] * 4] * 2
     # A second run in the same database has studies of its own.
     other = tmp_path / "other" / "run"
     done = guywire("compare", config, "--out", other)
     assert done.returncode == 0, done.stderr
     assert outcome(other) == outcome(whole)
-    assert len(states(f"postgresql+psycopg://ann:{secret}@{server}/postgres", run)) == 4
+    assert len(states(database, run)) == 4
     for path in [*run.rglob("*"), *other.rglob("*")]:
         if path.is_file():
             data = path.read_bytes()

@@ -194,7 +194,10 @@ class Ledger:
         url = sqlalchemy.engine.make_url(database_url(self.sweep, self.folder))
         arguments: dict[str, Any] = {}
         if self.sweep.storage != "sqlite":
-            arguments = {"connect_args": {"connect_timeout": _SECONDS}}
+            # A database made in the C locale has the encoding SQL_ASCII, from which psycopg would
+            # hand out bytes where SQLAlchemy expects text.
+            connect = {"connect_timeout": _SECONDS, "client_encoding": "utf8"}
+            arguments = {"connect_args": connect}
             if self.sweep.password is not None:
                 url = url.set(password=self.sweep.password.get_secret_value())
         text = url.render_as_string(hide_password=False)
