@@ -132,7 +132,7 @@ class Cluster:
         try:
             answer, files = self._ray.get(handle)
         except (errors.RayTaskError, errors.RuntimeEnvSetupError) as error:
-            raise Refused(_import_failed(error) or _first_line(error)) from error
+            raise Refused(_import_failed(error) or _reason(error)) from error
         except errors.OutOfMemoryError as error:
             raise Died("Ray killed its process because memory ran out on the node") from error
         except errors.NodeDiedError as error:
@@ -140,7 +140,7 @@ class Cluster:
         except errors.WorkerCrashedError as error:
             raise Died("its process died") from error
         except errors.RayError as error:
-            raise Died(f"Ray lost it ({type(error).__name__}: {_first_line(error)})") from error
+            raise Died(f"Ray lost it ({type(error).__name__}: {_reason(error)})") from error
         return json.loads(answer), files
 
     def mail(self) -> list[tuple[str, int, str, bytes]]:
@@ -157,7 +157,7 @@ class Cluster:
         except self._ray.exceptions.RayError as error:
             if time.monotonic() - self._heard > _PATIENCE:
                 raise GuywireError(
-                    f"the Ray cluster does not answer any more ({_first_line(error)}): "
+                    f"the Ray cluster does not answer any more ({_reason(error)}): "
                     "go on with --resume when it is back"
                 ) from error
             return []
@@ -248,7 +248,7 @@ def _start(ray: Any, cpus: float, folder: str) -> None:
             )
         except (RuntimeError, OSError, ray.exceptions.RayError) as error:
             raise GuywireError(
-                f"Ray does not start on this machine ({_first_line(error)}): use --on local"
+                f"Ray does not start on this machine ({_reason(error)}): use --on local"
             ) from error
 
 
@@ -273,7 +273,7 @@ def _join(ray: Any, place: Place, address: str) -> bool:
 
 
 def _cannot_join(target: str, client: bool, error: Exception) -> str:
-    why = _first_line(error)
+    why = _reason(error)
     text = f"{type(error).__name__} {error}"
     if "version" in text.lower() and ("python" in text.lower() or "ray" in why.lower()) and client:
         remedy = "Ray Client needs the cluster's own versions of Ray and of Python (its minor one)"
@@ -372,6 +372,11 @@ def _import_failed(error: Exception) -> str | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """Return an error's first line; where that only announces a traceback, also its last."""
     lines = [part.strip() for part in str(error).splitlines() if part.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")
+    if not lines:
+        return type(error).__name__
+    if lines[0].endswith(":") and len(lines) > 1:
+        lines[0] = f"{lines[0]} {lines[-1][:300]}"
+    return lines[0].rstrip(".:")
