@@ -15,16 +15,16 @@ settings as in De Lange, van de Ven, Tuytelaars, arXiv 2205.13452.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from guywire.core import _rows, batches, losses, selection
+from guywire.core import _rows, batches, losses, selection, tensors
 from guywire.core.aside import undisturbed
-from guywire.core.errors import AttachError, NonFiniteError, UsageError
+from guywire.core.errors import NonFiniteError, UsageError
 from guywire.core.regularizer import Regularizer, Step
 from guywire.core.tensors import Tensors
 from guywire.methods.rehearsal.replay import Criterion
@@ -111,8 +111,9 @@ class GEM(Regularizer):
     that ends. Every step then costs one forward and backward on each past task's memory, in the
     train mode that the model is in; buffers, dropout's random state and gradients are left alone.
 
-    Under DDP the memories' gradients are averaged over the processes, so that all project alike.
-    ``fully_shard`` (FSDP2) is refused: gradients with respect to shards cannot be asked for aside.
+    Under DDP and FSDP2 the memories' gradients are averaged over the processes, so that all project
+    alike: every process must have consolidated the same number of tasks. Under FSDP2 they are sharded
+    as the parameters are, and a step sends the traffic of one more training step a past task.
 
     Args:
         memory_per_task: samples kept of each task.
@@ -178,7 +179,6 @@ class GEM(Regularizer):
             model: the user's module.
 
         Raises:
-            AttachError: the model is sharded.
             UsageError: an argument makes no sense.
         """
         if self.memory_per_task < 1:
@@ -188,11 +188,6 @@ class GEM(Regularizer):
                 f"margin={self.margin} and ridge={self.ridge} must be finite and at least 0"
             )
         self._params = selection.select(model, self.select)
-        if any(hasattr(p, "device_mesh") for p in self._params.values()):
-            raise AttachError(
-                "GEM needs gradients aside from the step, which sharded parameters do not give: "
-                "use DDP, or gw.Replay, which works with fully_shard"
-            )
         self._model = model
 
     def before_step(self, step: Step) -> None:
@@ -222,7 +217,7 @@ class GEM(Regularizer):
                 parameter = params[name]
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(h, alpha=v * step.scale)
+                tensors.local(parameter.grad).add_(tensors.local(h), alpha=v * step.scale)
 
     def consolidate(self, model: nn.Module, data: Iterable[Any] | None) -> None:
         """Keep the first samples of the task that ends.
@@ -278,16 +273,38 @@ class GEM(Regularizer):
     def _gradient(self, memory: Any, params: Mapping[str, nn.Parameter]) -> Tensors:
         assert self._model is not None
         memory = batches.to(memory, batches.device_of(self._model))
+        if any(hasattr(p, "device_mesh") for p in params.values()):
+            return self._sharded_gradient(memory, params)
         with undisturbed(self._model), torch.enable_grad():
-            logits = batches.logits_of(batches.forward(self._model, memory))
-            labels = batches.labels_of(memory)
-            if self.criterion is None:
-                loss = losses.cross_entropy_of(self._model, logits, labels)
-            else:
-                loss = self.criterion(logits, labels)
-            grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            grads = torch.autograd.grad(
+                self._loss(memory), list(params.values()), allow_unused=True
+            )
         found = {n: g for n, g in zip(params, grads, strict=True) if g is not None}
         return self._averaged(found)
+
+    def _sharded_gradient(self, memory: Any, params: Mapping[str, nn.Parameter]) -> Tensors:
+        # FSDP2 reduces and scatters in a backward pass that accumulates, and in no other: the
+        # step's own gradients make room for it. (The shards are listed before the forward pass,
+        # which may leave whole parameters in their place.)
+        assert self._model is not None
+        every = [(p, p.grad) for p in self._model.parameters()]
+        try:
+            for p, _ in every:
+                p.grad = None
+            with undisturbed(self._model), torch.enable_grad():
+                self._loss(memory).backward()
+            return {n: p.grad for n, p in params.items() if p.grad is not None}
+        finally:
+            for p, own in every:
+                p.grad = own
+
+    def _loss(self, memory: Any) -> Tensor:
+        assert self._model is not None
+        logits = batches.logits_of(batches.forward(self._model, memory))
+        labels = batches.labels_of(memory)
+        if self.criterion is None:
+            return losses.cross_entropy_of(self._model, logits, labels)
+        return self.criterion(logits, labels)
 
     def _averaged(self, gradient: Tensors) -> Tensors:
         wires = getattr(self, "_wires", None)
@@ -307,7 +324,9 @@ class GEM(Regularizer):
         v, gram, products = weights, gram.double().cpu(), products.double().cpu()
         self.violated_ = int((products < 0).sum())
         self.stability_norm_ = max(0.0, float(v @ gram @ v)) ** 0.5
-        norm = sum(float(g.double().square().sum()) for g in gradient.values()) ** 0.5 / scale
+        squares = ((g, tensors.local(g).double().square().sum()) for g in gradient.values())
+        total = tensors.reduce_shards(squares)
+        norm = 0.0 if total is None else float(total) ** 0.5 / scale
         if norm > 0.0 and self.stability_norm_ > 0.0:
             self.cosine_ = float(v @ products) / (norm * self.stability_norm_)
 
@@ -316,19 +335,35 @@ def _products(
     gradient: Mapping[str, Tensor], memories: Sequence[Mapping[str, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Return ``G G^T`` and ``G g`` in float64; a name that one side lacks counts as zero there."""
+    total = tensors.reduce_shards(_local_products(gradient, memories))
+    if total is None:
+        total = torch.zeros(len(memories), len(memories) + 1, dtype=torch.float64)
+    return total[:, :-1], total[:, -1]
+
+
+def _local_products(
+    gradient: Mapping[str, Tensor], memories: Sequence[Mapping[str, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, of every tensor, ``[G G^T, G g]`` (``[k, k + 1]``) over this process's part of it."""
     count = len(memories)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    products = torch.zeros(count, dtype=torch.float64)
-    for i, a in enumerate(memories):
-        products[i] = _inner(a, gradient)
-        for j in range(i + 1):
-            gram[i, j] = gram[j, i] = _inner(a, memories[j])
-    return gram, products
+    for name in dict.fromkeys(n for memory in memories for n in memory):
+        tensor = next(memory[name] for memory in memories if name in memory)
+        rows = [memory.get(name) for memory in (*memories, gradient)]
+        there = tensors.local(tensor).device
+        out = torch.zeros(count, count + 1, dtype=torch.float64, device=there)
+        for i, a in enumerate(rows[:-1]):
+            for j, b in enumerate(rows):
+                if a is None or b is None or i < j < count:
+                    continue
+                out[i, j] = _inner(a, b)
+                if j < count:
+                    out[j, i] = out[i, j]
+        yield tensor, out
 
 
-def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    terms = [torch.dot(a[n].flatten().double(), b[n].flatten().double()) for n in a if n in b]
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float64)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    a, b = (tensors.local(t).flatten().double() for t in (a, b))
+    return torch.dot(a, b)
 
 
 def _nonnegative_minimum(hessian: np.ndarray, linear: np.ndarray) -> np.ndarray:
