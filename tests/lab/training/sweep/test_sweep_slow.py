@@ -126,6 +126,16 @@ def test_a_sweep_killed_again_and_again_equals_the_undisturbed_one(tmp_path: Pat
     assert found == [["COMPLETE"] * 6] * 2  # nothing leaked as RUNNING
 
 
+def test_a_sweep_on_ray_equals_a_local_one(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    config = settings(tmp_path)
+    done = guywire("compare", config, "--out", tmp_path / "local")
+    assert done.returncode == 0, done.stderr
+    done = guywire("compare", config, "--out", tmp_path / "ray", "--on", "ray")
+    assert done.returncode == 0, done.stderr
+    assert outcome(tmp_path / "ray") == outcome(tmp_path / "local")
+
+
 def binary(name: str) -> str | None:
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     return next((str(f / name) for f in folders if (f / name).is_file()), shutil.which(name))
