@@ -279,6 +279,11 @@ def _cannot_join(target: str, client: bool, error: Exception) -> str:
         remedy = "Ray Client needs the cluster's own versions of Ray and of Python (its minor one)"
     elif "token" in text.lower() or "auth" in text.lower():
         remedy = "give the cluster's token in RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH"
+    elif client and "Initialization failure" in text:
+        remedy = (
+            "a Ray Client server answers there but could not begin a session; try again, and see "
+            "ray_client_server*.err in the head node's logs"
+        )
     elif isinstance(error, TimeoutError) and client:
         remedy = "its Ray Client server cannot reach the cluster; see ray_client_server*.err there"
     elif client:
