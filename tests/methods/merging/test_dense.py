@@ -26,9 +26,10 @@ def models(dtype: torch.dtype, kind: str, count: int) -> tuple[torch.Tensor, lis
 def pruned(changes: list[Change], limits: list[Limit]) -> tuple[list, list, list]:
     deltas, masks, kept = [], [], []
     for change, limit in zip(changes, limits, strict=True):
-        deltas.append(change.at())
         kept.append(limit.kept(change.at(), 0))
-        masks.append(_dense.prune(deltas[-1], limit, limit.ties.get(0, 0))[0])
+        delta, mask, _ = _dense.prune(change.at(), limit, limit.ties.get(0, 0))
+        deltas.append(delta)
+        masks.append(mask)
     return deltas, masks, kept
 
 
@@ -79,7 +80,7 @@ def test_ties_are_kept_in_order_from_stride_to_stride(stride: int) -> None:
     assert 0 < limit.ties[0] < int((delta.abs().view(torch.int32) == limit.bits).sum())
     ties, masks = limit.ties[0], []
     for at in range(0, N, stride):
-        mask, ties = _dense.prune(delta[at : at + stride].clone(), limit, ties)
+        _, mask, ties = _dense.prune(delta[at : at + stride], limit, ties)
         masks.append(mask)
     assert ties == 0
     kept = np.flatnonzero(np.concatenate(masks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -104,7 +105,7 @@ class Editor:
             return
 
         def deltas(piece: Piece) -> list[Tensor]:
-            return [change.at() for change in self._changes(item, *piece, parts)]
+            return [change.at() for change in self._changes(item, *piece, parts, widen=True)]
 
         found = find_limits(deltas, len(parts), pieces, count, run, _stride(item))
         for part, limit in zip(parts, found, strict=True):
@@ -172,12 +173,22 @@ class Editor:
         return part.owner.read(part.entry.name, start, stop).to(DTYPES[item.dtype])
 
     def _changes(
-        self, item: Item, start: int, stop: int, parts: Sequence[Part] | None = None
+        self,
+        item: Item,
+        start: int,
+        stop: int,
+        parts: Sequence[Part] | None = None,
+        *,
+        widen: bool = False,
     ) -> list[edits.Change]:
         assert item.base is not None
         before = self.base.read(item.base.name, start, stop)
         chosen = item.parts if parts is None else parts
-        return [self._change(item, part, start, stop, before) for part in chosen]
+        changes = [self._change(item, part, start, stop, before) for part in chosen]
+        if widen and all(change.wide == torch.float32 for change in changes):
+            wide = before.float()
+            changes = [dataclasses.replace(change, widened=wide) for change in changes]
+        return changes
 
     def _change(
         self, item: Item, part: Part, start: int, stop: int, before: Tensor | None = None
@@ -196,14 +207,14 @@ class Editor:
         ties = [limit.ties.get(start, 0) for limit in limits]
         step = _stride(item)
         for at in range(start, stop, step):
-            changes = self._changes(item, at, min(at + step, stop))
+            changes = self._changes(item, at, min(at + step, stop), widen=True)
             before = changes[0].base
             values = out[at - start : at - start + len(before)].copy_(before)
             deltas = [change.at() for change in changes]
             if all(delta.dtype == torch.float32 for delta in deltas):
                 masks: list[np.ndarray] = []
                 for i, delta in enumerate(deltas):
-                    mask, ties[i] = _dense.prune(delta, limits[i], ties[i])
+                    deltas[i], mask, ties[i] = _dense.prune(delta, limits[i], ties[i])
                     masks.append(mask)
                 _dense.put(values, masks, self._together(item, changes, deltas))
                 continue
@@ -219,12 +230,13 @@ class Editor:
     ) -> Tensor:
         """Put pruned changes together, which methods that rank do not rescale."""
         shares = self._shares(item)
+        before = changes[0].base if changes[0].widened is None else changes[0].widened
         if self.method.elects:
             weights = [self.weights[part.model] for part in item.parts]
-            return _dense.elected(changes[0].base, deltas, weights, self.scale)
+            return _dense.elected(before, deltas, weights, self.scale)
         if shares == [1.0] and changes[0].tuned is not None:
             return changes[0].tuned
-        return _dense.added(changes[0].base, deltas, shares)
+        return _dense.added(before, deltas, shares)
 
     def _combine(
         self,

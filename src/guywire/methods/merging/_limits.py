@@ -22,8 +22,8 @@ Piece = tuple[int, int]
 Run = Callable[[Callable[[Piece], Any], Sequence[Piece]], Iterable[Any]]
 Deltas = Callable[[Piece], Sequence[Tensor]]
 
-STRIDE = 1 << 17
-"""Weights that are looked at together."""
+STRIDE = 1 << 18
+"""Weights that are looked at together. With fewer, threads would mostly hand over Python's lock."""
 
 _LOW = 15
 _SAMPLE = 1 << 17  # of a tensor, in stretches
@@ -198,12 +198,19 @@ def _collect(
         for stride in _strides(piece, step):
             for i, (delta, (low, high)) in enumerate(zip(deltas(stride), ranges, strict=True)):
                 bits = magnitude_bits(delta)
-                above[i] += int(np.count_nonzero(bits > high))
-                lowest[i] += int(np.count_nonzero(bits == low))
-                if low < high:
-                    # As unsigned numbers, what lies below wraps around to beyond the range.
-                    beyond = (bits - np.int32(low + 1)).view(np.uint32)
-                    inside[i].append(bits[beyond <= np.uint32(high - low - 1)])
+                bits -= np.int32(low)
+                above[i] += int(np.count_nonzero(bits > np.int32(high - low)))
+                # As unsigned numbers, what lies below wraps around to beyond the range.
+                within = bits.view(np.uint32) <= np.uint32(high - low)
+                count = int(np.count_nonzero(within))
+                if count > len(bits) // 8:  # nearly all may share the lowest: listing takes long
+                    shared = bits == 0
+                    within &= ~shared
+                    lowest[i] += int(np.count_nonzero(shared))
+                if count:
+                    some = bits[within]
+                    some += np.int32(low)
+                    inside[i].append(some)
         empty = np.empty(0, dtype=np.int32)
         return [
             Found(n, k, np.concatenate([empty, *some]))

@@ -74,11 +74,13 @@ class Change:
         base: pretrained values in their own type, ``[n]``.
         tuned: fine-tuned values in their own type, ``[n]``; or ``None``.
         delta: the change itself, ``[n]``, where that is what is known (adapters).
+        widened: the base in ``wide``, where that was computed already (for another model, say).
     """
 
     base: Tensor
     tuned: Tensor | None
     delta: Tensor | None = None
+    widened: Tensor | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -98,7 +100,12 @@ class Change:
         if self.tuned is None:
             assert self.delta is not None
             return _pick(self.delta, kept).to(self.wide, copy=True)
-        return _pick(self.tuned, kept).to(self.wide) - _pick(self.base, kept).to(self.wide)
+        wide, after = self.wide, _pick(self.tuned, kept)
+        if kept is None and self.widened is not None and self.widened.dtype == wide:
+            before = self.widened
+        else:
+            before = _pick(self.base, kept).to(wide)
+        return after - before if after.dtype == wide else after.to(wide).sub_(before)
 
     def final(self, kept: Tensor | None = None) -> Tensor:
         """Return the fine-tuned values, bit for bit where they are known.
