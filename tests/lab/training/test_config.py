@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guywire.core.errors import DataError, UsageError
+from guywire.core.errors import UsageError
 from guywire.lab.training.config import CompareConfig, TrialSpec, parse
-from guywire.lab.training.tables import differences, merge, read_toml, to_toml
+from guywire.lab.training.tables import to_toml
 
 
 @pytest.mark.parametrize(
@@ -94,40 +93,3 @@ def test_there_is_one_trial_a_method_and_seed_all_methods_of_a_seed_first() -> N
 
 def test_methods_may_be_one_word_with_commas() -> None:
     assert parse(CompareConfig, {"methods": "a, b,c"}).methods == ("a", "b", "c")
-
-
-def test_later_layers_win_key_by_key() -> None:
-    assert merge({"s": {"a": 1, "b": 2}, "x": 1}, {"s": {"b": 3}}, {"x": [1]}) == {
-        "s": {"a": 1, "b": 3},
-        "x": [1],
-    }
-
-
-tables = st.recursive(
-    st.integers(0, 2), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=6
-).filter(lambda t: isinstance(t, dict))
-
-
-@given(tables, tables)
-def test_tables_differ_where_a_key_says_so_and_nowhere_else(a: Any, b: Any) -> None:
-    assert differences(a, a) == []
-    assert (differences(a, b) == []) == (_bare(a) == _bare(b))
-    assert differences(a, b) == differences(b, a)
-
-
-def _bare(table: Any) -> Any:
-    return {k: _bare(v) for k, v in table.items()} if isinstance(table, dict) else table
-
-
-def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no config file .*nowhere\.toml"):
-        read_toml(tmp_path / "nowhere.toml")
-    broken = tmp_path / "broken.toml"
-    broken.write_text("epochs = \n")
-    with pytest.raises(DataError, match=r"broken\.toml is not TOML .*line 1"):
-        read_toml(broken)
-    broken.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"broken\.toml is not TOML"):
-        read_toml(broken)
-    with pytest.raises(UsageError, match="cannot read"):
-        read_toml(tmp_path)
