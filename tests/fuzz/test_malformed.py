@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guywire.cli.app import run
-from guywire.core import checkpoint
+from guywire.core import checkpoint, writing
 from guywire.core.errors import CheckpointError, DataError, GuywireError, UsageError
 from guywire.lab import streams
 from guywire.lab.models.evals import read_texts
@@ -325,7 +325,7 @@ def test_an_option_with_a_value_has_no_options(capsys):
 
 
 def test_names_that_are_no_unicode_go_into_json(tmp_path):
-    checkpoint.write_json(tmp_path / "x.json", {"name": "\udcff"})
+    writing.write_json(tmp_path / "x.json", {"name": "\udcff"})
     assert json.loads((tmp_path / "x.json").read_text()) == {"name": "\udcff"}
     with pytest.raises(CheckpointError, match="no Unicode"):
-        checkpoint.write_text(tmp_path / "x.txt", "\udcff")
+        writing.write_text(tmp_path / "x.txt", "\udcff")

@@ -91,7 +91,7 @@ def _connectivity(
         raise UsageError(f"--out {out}: there is no folder {out.parent}")
     named = _named(data)
 
-    from guywire.core import checkpoint
+    from guywire.core import writing
     from guywire.diagnostics.connectivity import connectivity, moving_statistics
     from guywire.lab.models.ends import load_ends
 
@@ -125,7 +125,7 @@ def _connectivity(
         **found.to_json(),
     }
     if out is not None:
-        checkpoint.write_json(out, document)
+        writing.write_json(out, document)
     if as_json:
         console.print_json(document)
     else:

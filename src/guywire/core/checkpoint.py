@@ -1,41 +1,29 @@
-"""Checkpoints and other files, written so that a reader never meets half of one.
+"""Checkpoints: a tree of plain values and tensors in one file, verified when it is read.
 
 A checkpoint is one safetensors file: any tool that reads safetensors sees its tensors under names
 such as ``model/head.weight``. The header's metadata hold the tree (which dict, list, number or
 tensor stands where) as JSON, and two SHA-256 checksums: of the tensors' bytes, and of everything
 else in the header. Nothing is ever unpickled.
 
-Every writer here makes a temporary file in the same folder, flushes it to the disk, renames it over
-the target and flushes the folder. A crash, a kill or a full disk leaves the old file as it was.
+A file is written as :mod:`guywire.core.writing` writes all of them: whole, or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from guywire.core.errors import CheckpointError, need
+from guywire.core.errors import CheckpointError
+from guywire.core.writing import replacing
 
-__all__ = [
-    "Tree",
-    "cannot_write",
-    "load",
-    "save",
-    "write_bytes",
-    "write_json",
-    "write_parquet",
-    "write_text",
-]
+__all__ = ["Tree", "load", "save"]
 
 Tree = Any
 """dict (with str or int keys), list, tuple, bool, int, float, str, ``None`` and tensors, nested."""
@@ -115,7 +103,7 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
             f"the structure of {path} takes {len(header) >> 20} MiB, and 100 are readable: put long "
             "lists of numbers into tensors"
         )
-    with _replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in order:
@@ -150,144 +138,6 @@ def load(path: str | os.PathLike[str]) -> Tree:
         KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError, RuntimeError,
     ) as error:  # fmt: skip
         raise _damaged(path, "its header makes no sense") from error
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes, *, durable: bool = True) -> None:
-    """Write a file atomically.
-
-    Args:
-        path: the file; its folder must exist.
-        data: what to write.
-        durable: flush to the disk before renaming; leave out for files that only inform.
-
-    Raises:
-        CheckpointError: it cannot be written; what was there before still is.
-    """
-    with _replacing(Path(path), durable=durable) as file:
-        file.write(data)
-
-
-def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = True) -> None:
-    """Write a text file (UTF-8) atomically.
-
-    Args:
-        path: the file; its folder must exist.
-        text: what to write.
-        durable: as in :func:`write_bytes`.
-
-    Raises:
-        CheckpointError: it cannot be written; what was there before still is.
-    """
-    try:
-        data = text.encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(
-            f"cannot write {str(path)!r}: {text[error.start : error.end]!r} in it is no Unicode: "
-            "rename the file or folder whose name it is from"
-        ) from error
-    write_bytes(path, data, durable=durable)
-
-
-def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = True) -> None:
-    """Write a JSON file atomically. NaN and infinity become ``null``: JSON has neither.
-
-    Args:
-        path: the file; its folder must exist.
-        value: dicts, lists, strings, numbers, booleans and ``None``.
-        durable: as in :func:`write_bytes`.
-
-    Raises:
-        CheckpointError: it cannot be written; what was there before still is.
-    """
-    text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a file's name that is no UTF-8, say
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
-    write_text(path, text + "\n", durable=durable)
-
-
-def write_parquet(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
-    """Write a parquet file atomically.
-
-    Args:
-        path: the file; its folder must exist.
-        columns: column names to sequences, numpy arrays or pyarrow arrays of one length.
-
-    Raises:
-        CheckpointError: it cannot be written; what was there before still is.
-        MissingExtraError: pyarrow is not installed.
-    """
-    arrow = need("pyarrow", extra="cli")
-    parquet = need("pyarrow.parquet", extra="cli")
-    try:
-        table = arrow.table(columns)
-    except (arrow.ArrowException, OverflowError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: what it is made of makes no column ({str(error)[:200]}); a file "
-            "that it was read from is damaged"
-        ) from error
-    with _replacing(Path(path)) as file:
-        parquet.write_table(table, file, compression="zstd")
-
-
-def cannot_write(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
-    """Say what was not written, why, and what helps.
-
-    Args:
-        path: the file or folder.
-        error: what the system said.
-
-    Returns:
-        The error to raise.
-
-    Example:
-        >>> print(cannot_write("a.json", OSError(errno.EROFS, "Read-only file system")))
-        cannot write a.json: Read-only file system; what was there before is untouched: make its \
-folder writable or choose another
-    """
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        remedy = "its folder has vanished: put it back, or choose another"
-    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        remedy = "what was there before is untouched: make its folder writable or choose another"
-    else:
-        remedy = "what was there before is untouched: free some space or choose another folder"
-    return CheckpointError(f"cannot write {path}: {error.strerror or error}; {remedy}")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if durable:
-            _flush_folder(path.parent)
-    except OSError as error:
-        _remove(temporary)
-        raise cannot_write(path, error) from error
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    # Some file systems cannot flush a folder; the rename is atomic all the same.
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _pack(value: Tree, where: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
@@ -440,13 +290,3 @@ def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint {path} is damaged ({why}): delete it and start that trial again"
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from guywire.core import checkpoint, tensors
+from guywire.core import checkpoint, tensors, writing
 from guywire.core.errors import CheckpointError, UsageError
 from guywire.core.tensors import Tensors
 
@@ -160,7 +160,7 @@ class Shelf:
                 ) from error
         assert isinstance(self.keep, os.PathLike)
         path = Path(self.keep) / f"{self.name}-{_who()}.safetensors"
-        with checkpoint._replacing(path) as file:
+        with writing.replacing(path) as file:
             write(file)
         return torch.UntypedStorage.from_file(str(path), False, size)
 

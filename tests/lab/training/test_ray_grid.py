@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import guywire
+from guywire.core import checkpoint, writing
 from guywire.core.errors import CheckpointError, GuywireError, UsageError
 from guywire.lab.training import ray_grid, ray_node
 from guywire.lab.training.config import CompareConfig, TrialSpec, parse
@@ -72,7 +72,7 @@ class Fake:
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             seen = 0
-            original = ray_node.checkpoint.save
+            original = checkpoint.save
 
             def save(path: Any, tree: Any) -> None:
                 nonlocal seen
@@ -235,7 +235,7 @@ def test_shipping_sends_what_changed(tmp_path: Path) -> None:
     shipper.look()
     shipper.look()
     assert sent == [("a", b"1")]
-    guywire.core.checkpoint.write_bytes(tmp_path / "a", b"2")  # as long as before
+    writing.write_bytes(tmp_path / "a", b"2")  # as long as before
     shipper.look()
     assert sent[1:] == [("a", b"2")]
 

@@ -20,8 +20,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from guywire.core.checkpoint import write_text
 from guywire.core.errors import need
+from guywire.core.writing import write_text
 from guywire.lab.report.palette import stylesheet
 
 if TYPE_CHECKING:

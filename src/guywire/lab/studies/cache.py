@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 import guywire
-from guywire.core.checkpoint import write_json
 from guywire.core.errors import DataError, need
+from guywire.core.writing import write_json
 from guywire.lab.studies.study import MACHINERY, Study, Unit
 
 __all__ = ["Cache", "default_folder", "fingerprint", "sweep"]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import guywire
-from guywire.core.checkpoint import write_json, write_parquet
 from guywire.core.errors import UsageError
+from guywire.core.writing import write_json, write_parquet
 from guywire.lab.studies import load, module_of
 from guywire.lab.studies.bench import Bench, Choice
 from guywire.lab.studies.cache import Cache, default_folder, fingerprint, sweep

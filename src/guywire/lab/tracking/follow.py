@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import GuywireError, need
 from guywire.lab.tracking.choose import make
 from guywire.lab.tracking.events import Began, Ended, Event, Scalar, Tracker, TrialEnded
@@ -164,7 +164,7 @@ class Follower:
             self._write()
 
     def _write(self) -> None:
-        checkpoint.write_json(self.folder / _LEDGER, {"run": self.run, "told": self.told})
+        writing.write_json(self.folder / _LEDGER, {"run": self.run, "told": self.told})
 
 
 def trial_event(run: str, folder: Path, outcome: Outcome) -> TrialEnded:

@@ -20,7 +20,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import GuywireError
 from guywire.lab import models, streams
 from guywire.lab.streams import Stream, StreamConfig
@@ -129,7 +129,7 @@ def attempt(spec: TrialSpec, directory: Path, resume: bool) -> dict[str, Any]:
         kind = type(error).__name__
         why, trace = f"{kind}: {error}", traceback.format_exc()
     with contextlib.suppress(GuywireError):  # the disk may be what failed
-        checkpoint.write_json(
+        writing.write_json(
             directory / "error.json", {"error": why, "traceback": trace, "kind": kind}
         )
     return {"error": why}
@@ -146,7 +146,7 @@ def _make(directory: Path) -> None:
         # Not its parents: where the run's folder was deleted, it shall not come back as a torso.
         directory.mkdir(exist_ok=True)
     except OSError as error:
-        raise checkpoint.cannot_write(directory, error) from error
+        raise writing.cannot_write(directory, error) from error
 
 
 class _Worker:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import guywire
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import CheckpointError, GuywireError, UsageError
 from guywire.lab.training import ray_cluster
 from guywire.lab.training.config import CompareConfig, TrialSpec
@@ -219,7 +219,7 @@ class _Run:
     def _keep(self, job: _Job, name: str, data: bytes) -> None:
         if name != os.path.basename(name) or name in ("", ".", ".."):
             raise CheckpointError(f"{job.spec.id}: a node sent a file with the name {name!r}")
-        checkpoint.write_bytes(self.folder / job.spec.id / name, data, durable=name == STATE)
+        writing.write_bytes(self.folder / job.spec.id / name, data, durable=name == STATE)
         if name == STATE:
             found = step_of(data)
             job.step = job.step if found is None else max(job.step, found)
@@ -238,7 +238,7 @@ class _Run:
         for name, data in files.items():
             self._keep(job, name, data)
         if last is not None:  # where it lies, the others must be
-            checkpoint.write_bytes(self.folder / spec.id / "result.json", last)
+            writing.write_bytes(self.folder / spec.id / "result.json", last)
         self._end(spec, answer)
 
     def _again(self, job: _Job, why: str) -> None:
@@ -267,15 +267,13 @@ class _Run:
         home = self.folder / job.spec.id
         self._note(job, f"failed: {why}")
         with contextlib.suppress(GuywireError):
-            checkpoint.write_json(
-                home / "error.json", {"error": why, "traceback": None, "kind": kind}
-            )
+            writing.write_json(home / "error.json", {"error": why, "traceback": None, "kind": kind})
         self._end(job.spec, {"error": why})
 
     def _note(self, job: _Job, text: str) -> None:
         path = self.folder / job.spec.id / LOG
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        checkpoint.write_text(path, f"{old}{line(text)}\n", durable=False)
+        writing.write_text(path, f"{old}{line(text)}\n", durable=False)
 
     def _end(self, spec: TrialSpec, answer: dict[str, Any]) -> None:
         outcome = Outcome(spec, answer.get("result"), answer.get("error"))

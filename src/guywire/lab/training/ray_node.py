@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import guywire
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import GuywireError
 
 __all__ = [
@@ -193,7 +193,7 @@ def run_here(task: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     written = folder / "error.json"
     if written.is_file():
         text = written.read_text(encoding="utf-8").replace(str(folder), task["home"])
-        checkpoint.write_text(written, text)
+        writing.write_text(written, text)
     if "error" in answer:
         why = answer["error"].replace(str(folder), task["home"])
         answer = {"error": f"{why} (on the node {where})"}
@@ -236,7 +236,7 @@ def step_of(state: bytes) -> int | None:
 def _refused(folder: Path, why: str) -> dict[str, Any]:
     _say(f"failed: {why}")
     with contextlib.suppress(GuywireError):
-        checkpoint.write_json(
+        writing.write_json(
             folder / "error.json", {"error": why, "traceback": None, "kind": "DataError"}
         )
     return {"error": why}

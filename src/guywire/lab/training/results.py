@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import need
 
 __all__ = ["METRICS", "aggregate", "interval", "rows", "write"]
@@ -121,4 +121,4 @@ def write(path: Path, results: Sequence[dict[str, Any]]) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    checkpoint.write_parquet(path, rows(results))
+    writing.write_parquet(path, rows(results))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import guywire
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import DataError, GuywireError, UsageError
 from guywire.lab.streams import Stream
 from guywire.lab.training.config import CompareConfig, parse
@@ -141,7 +141,7 @@ class RunFolder:
         try:
             self.trials.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise checkpoint.cannot_write(self.path, error) from error
+            raise writing.cannot_write(self.path, error) from error
         return False
 
     @contextlib.contextmanager
@@ -159,7 +159,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
         except OSError as error:
-            raise checkpoint.cannot_write(self.path, error) from error
+            raise writing.cannot_write(self.path, error) from error
         with file:
             _take(file, self.path)
             self._sweep()
@@ -185,21 +185,19 @@ class RunFolder:
             CheckpointError: a file cannot be written.
         """
         text = self._settings()
-        checkpoint.write_text(self.path / _CONFIG, to_toml(config) if text is None else text)
-        checkpoint.write_json(self.path / _STREAM, stream.describe())
+        writing.write_text(self.path / _CONFIG, to_toml(config) if text is None else text)
+        writing.write_json(self.path / _STREAM, stream.describe())
         if stream.kind == "image":
             import io
 
             try:
                 (self.path / "samples").mkdir(exist_ok=True)
             except OSError as error:
-                raise checkpoint.cannot_write(self.path / "samples", error) from error
+                raise writing.cannot_write(self.path / "samples", error) from error
             for index in range(len(stream.tasks)):
                 buffer = io.BytesIO()
                 stream.montage(index).save(buffer, format="PNG")
-                checkpoint.write_bytes(
-                    self.path / "samples" / f"task-{index}.png", buffer.getvalue()
-                )
+                writing.write_bytes(self.path / "samples" / f"task-{index}.png", buffer.getvalue())
 
     def note(self, **facts: Any) -> None:
         """Add facts to ``run.json``.
@@ -210,7 +208,7 @@ class RunFolder:
         Raises:
             CheckpointError: it cannot be written.
         """
-        checkpoint.write_json(self.path / _RUN, {**self.facts(), **facts})
+        writing.write_json(self.path / _RUN, {**self.facts(), **facts})
 
     def started(self, command: Sequence[str], config: CompareConfig | None = None) -> None:
         """Write down who started what, where and when; a resumed run keeps its first start.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import guywire
-from guywire.core import batches, checkpoint
+from guywire.core import batches, checkpoint, writing
 from guywire.core.attach import Wires
 from guywire.core.errors import CheckpointError, NonFiniteError
 from guywire.lab import models, streams
@@ -366,7 +366,7 @@ class Trial:
 
     def _show(self) -> None:
         p = self.position
-        checkpoint.write_json(
+        writing.write_json(
             self.directory / "progress.json",
             {"step": p.step, "total": sum(self.steps), "task": p.task, "epoch": p.epoch},
             durable=False,
@@ -375,11 +375,11 @@ class Trial:
 
     def _write_results(self) -> dict[str, Any]:
         columns = self.record.curves(self.monitor)
-        checkpoint.write_parquet(self.directory / "metrics.parquet", columns)
+        writing.write_parquet(self.directory / "metrics.parquet", columns)
         result = result_of(
             self.spec, self.model, self.stream, self.position.step, self.record, self.monitor
         )
-        checkpoint.write_json(self.directory / "result.json", result)
+        writing.write_json(self.directory / "result.json", result)
         return result
 
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guywire.core.checkpoint import write_bytes, write_json
 from guywire.core.errors import CheckpointError, GuywireError, UsageError
+from guywire.core.writing import write_bytes, write_json
 from guywire.methods.merging.files import DTYPES, Checkpoint
 from guywire.methods.merging.matching import Item, Plan
 

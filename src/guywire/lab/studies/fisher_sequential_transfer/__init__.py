@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import guywire as gw
-from guywire.core.checkpoint import load, save, write_json
+from guywire.core.checkpoint import load, save
 from guywire.core.errors import UsageError
 from guywire.core.regularizer import Strength, strength_at
+from guywire.core.writing import write_json
 from guywire.lab.studies.bench import Bench
 from guywire.lab.studies.fisher_sequential_transfer import holds, seq2seq
 from guywire.lab.studies.fisher_sequential_transfer import texts as transfer_texts

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guywire.core import checkpoint
+from guywire.core import writing
 from guywire.core.errors import GuywireError, NonFiniteError, UsageError, need
 from guywire.lab.streams import Stream
 from guywire.lab.training.config import CompareConfig, Training, TrialSpec
@@ -195,7 +195,7 @@ def tune(config: CompareConfig, run: RunFolder, runner: Runner) -> dict[str, Any
         "methods": [method.document() for method in methods],
         "not_tuned": [m for m in config.methods if m not in {method.name for method in methods}],
     }
-    checkpoint.write_json(run.path / FILE, document)
+    writing.write_json(run.path / FILE, document)
     return document
 
 
