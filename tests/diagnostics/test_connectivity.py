@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from torch import nn
 
 import guywire as gw
 from guywire.core.errors import DataError, UsageError
-from guywire.diagnostics import Connectivity, connectivity
+from guywire.diagnostics import connectivity
 from guywire.diagnostics.connectivity import interpolate
 
 
@@ -56,25 +54,6 @@ def test_check_9_a_hill_between_two_minima_has_its_height():
     assert found.loss["all"][5] == 0.0
     assert found.positions[5] == 0.5
     assert found.gain() == 0.0
-
-
-def test_best_and_gain_of_curves_by_hand():
-    found = Connectivity(
-        (0.0, 0.5, 1.0),
-        {"old": (1.0, 0.25, 2.0), "all": (1.0, 0.5, 0.75)},
-        {"old": (0.5, 0.75, 0.25)},
-    )
-    assert (found.barrier("old"), found.best("old"), found.gain("old")) == (0.0, 0.5, 0.75)
-    assert found.gain("all") == 0.25
-    assert found.best("old", metric="accuracy") == 0.5
-    assert found.gain("old", metric="accuracy") == 0.25
-    with pytest.raises(UsageError, match="no accuracy of 'all'"):
-        found.best("all", metric="accuracy")
-    with pytest.raises(UsageError, match="no loss of 'new'"):
-        found.barrier("new")
-    document = found.to_json()
-    assert document["sets"]["old"]["best_loss_at"] == 0.5
-    assert math.isnan(Connectivity((0, 0.5, 1), {"all": (0.0, math.nan, 0.0)}).barrier())
 
 
 def test_a_model_is_evaluated_along_the_line_and_comes_back():

@@ -1,6 +1,7 @@
 """Diagnostics: what a stream of tasks does to a model, seen while it happens."""
 
-from guywire.diagnostics.connectivity import Connectivity, connectivity
+from guywire.diagnostics.connectivity import connectivity
+from guywire.diagnostics.curves import Connectivity
 from guywire.diagnostics.forgetting import (
     average_accuracy,
     backward_transfer,

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,119 +33,11 @@ from guywire.core.errors import DataError, UsageError
 from guywire.core.selection import unwrap
 from guywire.core.tensors import Tensors
 from guywire.diagnostics import _evaluation
+from guywire.diagnostics.curves import ALL, Connectivity, with_mean
 
-__all__ = ["Connectivity", "connectivity", "interpolate", "moving_statistics"]
-
-ALL = "all"
-"""The mean over the sets, each counting the same."""
+__all__ = ["connectivity", "interpolate", "moving_statistics"]
 
 Function = Callable[[Tensors], float | Mapping[str, float]]
-Metric = Literal["loss", "accuracy"]
-
-
-@dataclass(frozen=True)
-class Connectivity:
-    """Curves along the straight line from one set of weights to another.
-
-    Attributes:
-        positions: from 0 (the start) to 1 (the end).
-        loss: names of sets, and ``all``, to the mean loss at each position.
-        accuracy: the same of accuracies; empty where only losses are known.
-        distance: Euclidean distance of the two ends.
-    """
-
-    positions: tuple[float, ...]
-    loss: Mapping[str, tuple[float, ...]]
-    accuracy: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    distance: float = math.nan
-
-    def barrier(self, name: str = ALL) -> float:
-        """Return how far the loss rises above the straight line between its ends; at least 0.
-
-        Args:
-            name: of a set.
-
-        Returns:
-            The barrier; NaN if a loss is.
-
-        Raises:
-            UsageError: there is no such set.
-        """
-        curve = self._curve("loss", name)
-        line = [(1.0 - s) * curve[0] + s * curve[-1] for s in self.positions]
-        # At the ends the difference is zero, whatever rounding says.
-        inside = [c - e for c, e in zip(curve[1:-1], line[1:-1], strict=True)]
-        return math.nan if any(map(math.isnan, curve)) else max([0.0, *inside])
-
-    def best(self, name: str = ALL, *, metric: Metric = "loss") -> float:
-        """Return the position of the best value; the one nearest to the end of several.
-
-        Args:
-            name: of a set.
-            metric: ``loss`` or ``accuracy``.
-
-        Returns:
-            A position.
-
-        Raises:
-            UsageError: there is no such curve.
-        """
-        curve = self._curve(metric, name)
-        sign = -1.0 if metric == "loss" else 1.0
-        return max(
-            (sign * v, s) for v, s in zip(curve, self.positions, strict=True) if not math.isnan(v)
-        )[1]
-
-    def gain(self, name: str = ALL, *, metric: Metric = "loss") -> float:
-        """Return by how much the best point is better than the better end; at least 0.
-
-        Args:
-            name: of a set.
-            metric: ``loss`` or ``accuracy``.
-
-        Returns:
-            The difference.
-
-        Raises:
-            UsageError: there is no such curve.
-        """
-        curve = self._curve(metric, name)
-        value = curve[self.positions.index(self.best(name, metric=metric))]
-        if metric == "loss":
-            return min(curve[0], curve[-1]) - value
-        return value - max(curve[0], curve[-1])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values: curves, and of each set barrier, best positions and gains.
-
-        Returns:
-            A dict.
-        """
-        return {
-            "positions": list(self.positions),
-            "distance": self.distance,
-            "sets": {name: self._entry(name) for name in self.loss},
-        }
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        entry: dict[str, Any] = {"barrier": self.barrier(name)}
-        metrics: tuple[Metric, ...] = ("loss", "accuracy")
-        for metric in metrics:
-            curves = self.loss if metric == "loss" else self.accuracy
-            if name not in curves:
-                continue
-            entry[metric] = list(curves[name])
-            entry[f"best_{metric}_at"] = self.best(name, metric=metric)
-            entry[f"{metric}_gain"] = self.gain(name, metric=metric)
-        return entry
-
-    def _curve(self, metric: str, name: str) -> tuple[float, ...]:
-        curves = {"loss": self.loss, "accuracy": self.accuracy}.get(metric, {})
-        if name not in curves:
-            raise UsageError(
-                f"there is no {metric} of {name!r}: there are {', '.join(curves) or 'none'}"
-            )
-        return curves[name]
 
 
 def connectivity(
@@ -213,7 +104,7 @@ def connectivity(
         if t.is_floating_point()
     ]
     return Connectivity(
-        positions, _with_mean(losses), _with_mean(accuracies), math.sqrt(math.fsum(squares))
+        positions, with_mean(losses), with_mean(accuracies), math.sqrt(math.fsum(squares))
     )
 
 
@@ -414,11 +305,3 @@ def _check_pair(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> None:
                 f"{name!r} is {tuple(value.shape)} at the start and {tuple(end[name].shape)} at the "
                 "end: adapters of different rank have no line between them, convert one first"
             )
-
-
-def _with_mean(curves: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    out = {name: tuple(values) for name, values in curves.items()}
-    if out and ALL not in out:
-        columns = zip(*out.values(), strict=True)
-        out[ALL] = tuple(math.fsum(column) / len(out) for column in columns)
-    return out
