@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from guywire.core import headers
 from guywire.core.errors import CheckpointError
 from guywire.core.writing import replacing
 
@@ -29,27 +30,6 @@ Tree = Any
 """dict (with str or int keys), list, tuple, bool, int, float, str, ``None`` and tensors, nested."""
 
 _FORMAT = "guywire-1"
-_LARGEST_HEADER = 100 << 20  # what the safetensors library allows, too
-_MOST_DIMENSIONS = 64
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def save(path: str | os.PathLike[str], tree: Tree) -> None:
@@ -75,38 +55,26 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_pack(tree, "", tensors, {}), allow_nan=False, separators=(",", ":"))
-    # Wide elements first: every tensor then starts at a multiple of its own element's size.
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    table: dict[str, Any] = {}
-    offset = 0
+    rows = [(name, headers.NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    table, _ = headers.table_of(headers.wide_first(rows))
     payload = hashlib.sha256()
-    for name in order:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        table[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-        payload.update(_bytes_of(tensor))
+    for name in table:
+        payload.update(_bytes_of(tensors[name]))
     metadata = {
         "format": _FORMAT,
         "tree": structure,
         "structure_sha256": _digest_of_structure(table, structure),
         "payload_sha256": payload.hexdigest(),
     }
-    header = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    if len(header) > _LARGEST_HEADER:
+    header = headers.encode(table, metadata)
+    if len(header) - 8 > headers.LARGEST:
         raise CheckpointError(
             f"the structure of {path} takes {len(header) >> 20} MiB, and 100 are readable: put long "
             "lists of numbers into tensors"
         )
     with replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        for name in order:
+        for name in table:
             file.write(_bytes_of(tensors[name]))
 
 
@@ -175,7 +143,7 @@ def _register(tensor: Tensor, where: str, tensors: dict[str, Tensor], seen: dict
             f"{where or 'the tree'} is a {type(tensor).__name__} of layout {tensor.layout} on "
             f"{tensor.device}: a checkpoint holds ordinary dense tensors"
         )
-    if tensor.dtype not in _NAMES:
+    if tensor.dtype not in headers.NAMES:
         raise CheckpointError(
             f"{where or 'the tree'} has the type {tensor.dtype}, which safetensors lacks"
         )
@@ -231,8 +199,8 @@ def _read(file: BinaryIO, path: Path) -> Tree:
     offset = 0
     for name, row in rows:
         begin, end = row["data_offsets"]
-        width = _DTYPES[row["dtype"]].itemsize
-        if len(row["shape"]) > _MOST_DIMENSIONS or not all(
+        width = headers.DTYPES[row["dtype"]].itemsize
+        if len(row["shape"]) > headers.MOST_DIMENSIONS or not all(
             type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *row["shape"])
         ):
             raise _damaged(path, f"its table makes no sense at {name[:80]!r}")
@@ -250,7 +218,7 @@ def _read(file: BinaryIO, path: Path) -> Tree:
         if end > begin and file.readinto(view) != end - begin:  # type: ignore[attr-defined]
             raise _damaged(path, f"it ends within {name!r}")
         digest.update(view)
-        tensors[name] = raw.view(_DTYPES[row["dtype"]]).reshape(row["shape"])
+        tensors[name] = raw.view(headers.DTYPES[row["dtype"]]).reshape(row["shape"])
     if metadata.get("payload_sha256") != digest.hexdigest():
         raise _damaged(path, "the checksum of its tensors does not match")
     return _unpack(json.loads(structure), tensors)
@@ -269,7 +237,7 @@ def _read_header(
     file: BinaryIO, path: Path, size: int
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+    if size < 8 or length > min(size - 8, headers.LARGEST):
         raise _damaged(path, "its header is not whole")
     try:
         table = json.loads(file.read(length))

@@ -12,7 +12,6 @@ things (``TMPDIR``), which on some machines is memory: name a folder there.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from guywire.core import checkpoint, tensors, writing
+from guywire.core import headers, tensors, writing
 from guywire.core.errors import CheckpointError, UsageError
 from guywire.core.tensors import Tensors
 
@@ -109,37 +108,24 @@ class Shelf:
         return layout[0] == layout[1]
 
     def _written(self, items: Mapping[str, Item]) -> Tensors:
-        # Wide elements first: every tensor then starts at a multiple of its own element's size.
-        order = sorted(items, key=lambda name: -items[name].dtype.itemsize)
-        table: dict[str, Any] = {}
-        begins: dict[str, int] = {}
-        offset = 0
-        for name in order:
-            shape = tensors.local(items[name].like).shape
-            size = shape.numel() * items[name].dtype.itemsize
-            table[name] = {
-                "dtype": checkpoint._NAMES[items[name].dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            begins[name] = offset
-            offset += size
-        header = json.dumps(table, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        start = 8 + len(header)
+        rows = [
+            (name, headers.NAMES[item.dtype], tuple(tensors.local(item.like).shape))
+            for name, item in items.items()
+        ]
+        table, size = headers.table_of(headers.wide_first(rows))
+        header = headers.encode(table)
 
         def write(file: Any) -> None:
-            file.write(len(header).to_bytes(8, "little"))
             file.write(header)
-            for name in order:
+            for name in table:
                 for piece in _pieces(items[name]):
                     file.write(piece)
 
-        storage = self._mapped(write, start + offset)
+        storage = self._mapped(write, len(header) + size)
         kept: Tensors = {}
         for name, item in items.items():
             shape = tensors.local(item.like).shape
-            begin = start + begins[name]
+            begin = len(header) + table[name]["data_offsets"][0]
             raw = torch.empty(0, dtype=torch.uint8).set_(  # pyright: ignore[reportCallIssue]
                 storage, begin, (shape.numel() * item.dtype.itemsize,)
             )

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from guywire.core.errors import CheckpointError, DataError
+from guywire.core.headers import DTYPES
 from guywire.methods.merging import edits
 from guywire.methods.merging._delta_checks import check_about
 from guywire.methods.merging._editor import Editor
 from guywire.methods.merging._output import Target, layout_rows
 from guywire.methods.merging._threads import Threads
-from guywire.methods.merging.files import DTYPES, read_header
+from guywire.methods.merging.files import read_header
 from guywire.methods.merging.matching import Item, Plan
 
 DELTA = "delta.safetensors"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
-from guywire.methods.merging.files import DTYPES, Entry
+from guywire.core.headers import DTYPES
+from guywire.methods.merging.files import Entry
 from guywire.methods.merging.masks import BLOCK
 
 __all__ = ["check_about"]

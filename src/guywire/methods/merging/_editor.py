@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guywire.core.headers import DTYPES
 from guywire.methods.merging import _dense, edits
 from guywire.methods.merging._limits import STRIDE, Limit, Run, find_limits
-from guywire.methods.merging.files import DTYPES, Checkpoint
+from guywire.methods.merging.files import Checkpoint
 from guywire.methods.merging.importance import wanda_mask
 from guywire.methods.merging.masks import BLOCK
 from guywire.methods.merging.matching import Item, Part

@@ -9,17 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from guywire.core.errors import CheckpointError
+from guywire.core.headers import DTYPES
+from guywire.methods.merging._companions import RECIPE, read_beside, write_companions
 from guywire.methods.merging._compressed import DELTA, Delta, crc_of, positions
-from guywire.methods.merging._output import (
-    RECIPE,
-    Target,
-    layout_rows,
-    read_beside,
-    request_of,
-    write_companions,
-)
+from guywire.methods.merging._output import Target, layout_rows, request_of
 from guywire.methods.merging._threads import Threads
-from guywire.methods.merging.files import DTYPES, Checkpoint
+from guywire.methods.merging.files import Checkpoint
 from guywire.methods.merging.masks import BLOCK
 from guywire.methods.merging.merge import MergeResult, Progress
 

@@ -20,32 +20,11 @@ import torch
 from torch import Tensor
 
 from guywire.core.errors import CheckpointError, DataError, UsageError
+from guywire.core.headers import DTYPES, LARGEST, MOST_DIMENSIONS
 
-__all__ = ["DTYPES", "Checkpoint", "Entry", "read_header", "read_json"]
+__all__ = ["Checkpoint", "Entry", "read_header", "read_json"]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The element types of safetensors that torch has."""
-
-_LARGEST_HEADER = 100 << 20  # what the safetensors library allows, too
 _LARGEST_JSON = 256 << 20
-_MOST_DIMENSIONS = 64  # as many as numpy has
 
 
 @dataclass(frozen=True)
@@ -214,7 +193,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(first := stream.read(8), "little")
-            if len(first) < 8 or length < 2 or length > min(_LARGEST_HEADER, size - 8):
+            if len(first) < 8 or length < 2 or length > min(LARGEST, size - 8):
                 raise _damaged(file, "its first eight bytes do not give the length of a header")
             text = stream.read(length)
     except OSError as error:
@@ -289,7 +268,7 @@ def _sizes(value: Any) -> bool:
     # Bounded, or the product of a million huge numbers would take hours.
     return (
         isinstance(value, list)
-        and len(value) <= _MOST_DIMENSIONS
+        and len(value) <= MOST_DIMENSIONS
         and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
     )
 

@@ -18,15 +18,10 @@ from torch import Tensor
 
 from guywire.core.errors import UsageError
 from guywire.methods.merging._choose import choose_qs
+from guywire.methods.merging._companions import companions, write_companions
 from guywire.methods.merging._compressed import write_delta
 from guywire.methods.merging._editor import Editor, Inputs
-from guywire.methods.merging._output import (
-    Target,
-    companions,
-    layout,
-    request_of,
-    write_companions,
-)
+from guywire.methods.merging._output import Target, layout, request_of
 from guywire.methods.merging._threads import Threads
 from guywire.methods.merging._tied import tied
 from guywire.methods.merging.edits import METHODS
@@ -363,6 +358,6 @@ def _write(
 
 
 def _width(item: Item) -> int:
-    from guywire.methods.merging.files import DTYPES
+    from guywire.core.headers import DTYPES
 
     return DTYPES[item.dtype].itemsize
