@@ -46,6 +46,7 @@ from guywire.core.tensors import Tensors
 from guywire.methods.adapters import _hidden, averaging
 from guywire.methods.adapters._hidden import Consistency, hidden_state_loss
 from guywire.methods.adapters._lora import sites
+from guywire.methods.adapters._taps import evaluating
 
 __all__ = ["ILoRA"]
 
@@ -218,7 +219,8 @@ class ILoRA(Regularizer):
         if strength == 0.0:
             with aside():
                 return self.replay * self._cross_entropy(drawn)
-        with _still(self._model):
+        # Dropout's noise would be all that two near adapters differ by.
+        with aside(), evaluating(self._model):
             return self._both(drawn, strength)
 
     def after_step(self, step: Step) -> None:
@@ -386,17 +388,3 @@ class ILoRA(Regularizer):
             raise UsageError(f"buffer={self.buffer!r} is neither 'reservoir' nor 'balanced'")
         if not 0.0 <= self.replay < float("inf"):
             raise UsageError(f"replay={self.replay} must be a finite number of at least 0")
-
-
-@contextlib.contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Run aside and without dropout, whose noise would be all that two near adapters differ by."""
-    flags = [(module, module.training) for module in model.modules()]
-    with aside():
-        try:
-            for module, _ in flags:
-                module.training = False
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
