@@ -1,9 +1,9 @@
 """Listen to a model: hooks that see each layer's input and the gradient of its output.
 
 All parameters are frozen while this happens, so no weight gradient is computed. The first layer
-that matters starts the graph: its output is made to require a gradient (`_Root`), and from there on
-autograd carries output gradients only, each of which a tensor hook turns into squared per-sample
-weight gradients at once.
+that matters starts the graph: its output is made to require a gradient (`_whole.Root`), and from
+there on autograd carries output gradients only, each of which a tensor hook turns into squared
+per-sample weight gradients at once.
 """
 
 from __future__ import annotations
@@ -18,31 +18,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from guywire.core import batches
 from guywire.core.errors import UsageError
 from guywire.curvature._attention import Attention, projection_rule, repeat_rule
-from guywire.curvature._fallback import LayerCall, batch_dims
 from guywire.curvature._layers import Build, Call, Rule
 from guywire.curvature._layout import Layout, expand, find_layout, splits_positions
-from guywire.curvature._pieces import Direct, Lazy, Piece, Rows, widened
-from guywire.curvature._routes import Probe
-from guywire.curvature._sums import Sums
+from guywire.curvature._pieces import Direct, Piece, Rows, widened
+from guywire.curvature._whole import WholeLayers
 
 __all__ = ["Recorder"]
-
-
-class _Root(torch.autograd.Function):
-    """Return a tensor as the start of a graph; in-place operations on it are allowed."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, holder: list[Tensor]) -> Tensor:
-        return holder.pop()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 @dataclass
@@ -56,7 +41,7 @@ class _Tap:
     what: str
 
 
-class Recorder(Sums):
+class Recorder(WholeLayers):
     """Hooks on a model, and the sums of squares they gather.
 
     Args:
@@ -75,9 +60,6 @@ class Recorder(Sums):
     ) -> None:
         super().__init__(model, names, dtypes, shapes)
         self.plan: dict[tuple[nn.Module, int], Layout] = {}
-        self.probing: Probe | None = None
-        self.probe: Probe | None = None
-        self._active = False
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -123,20 +105,12 @@ class Recorder(Sums):
         Returns:
             What the model returned.
         """
-        self._n = n
+        self._begin(n)
         self._calls: Counter[nn.Module] = Counter()
-        self._layer_count: Counter[nn.Module] = Counter()
         self.expanded = False
-        self.uses = {}
         self._taps: list[_Tap] = []
-        self._pending: dict[str, list[Piece]] = {}
-        self._layer_calls: list[tuple[LayerCall, dict[str, str]]] = []
         self.unusable: list[str] = []
         self.newly_rejected: set[nn.Module] = set()
-        self.newly_unsplit: set[nn.Module] = set()
-        self.stale = False
-        device = batches.device_of(self.model)
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._active = True
         try:
             return batches.forward(self.model, batch)
@@ -245,7 +219,7 @@ class Recorder(Sums):
         if not output.requires_grad:
             if x.dtype == output.dtype and x.data_ptr() == output.data_ptr():
                 output = output.clone()
-            output = _Root.apply(self._anchor, [output])  # pyright: ignore[reportAssignmentType]
+            output = self._rooted(output)
         tap = _Tap(names, build, x.detach(), x._version, self.paths.get(module, "?"))
         self._taps.append(tap)
         output.register_hook(partial(self._arrived, tap))
@@ -342,69 +316,3 @@ class Recorder(Sums):
         if not names and self.probing is None:
             return output
         return self._listen(module, output, output, names, partial(repeat_rule, p.shape))
-
-    # -- layers without a rule ---------------------------------------------------------------------
-
-    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._active and self.probing is not None:
-            at = (module, sum(key[0] is module for key in self.probing.shapes))
-            self.probing.called.add(module)
-            self.probing.shapes[at] = (_shapes((args, kwargs)), _shapes(output))
-
-    def _layer_called(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self._active:
-            return None
-        wanted = {k: n for k, n in self.fallbacks[module].items() if n not in self.hidden}
-        key = (module, self._layer_count[module])
-        self._layer_count[module] += 1
-        for name in wanted.values():
-            self.uses.setdefault(name, []).append(None)
-        leaves, tree = pytree.tree_flatten(output)
-        where = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-        dims = None
-        if self._n > 1:
-            seen = None if self.probe is None else self.probe.shapes.get(key)
-            if seen is None:
-                self.stale = True
-                return None
-            dims = batch_dims((args, kwargs), seen[0], self._n)
-            outs = batch_dims(output, seen[1], self._n)
-            if dims is None or outs is None or any(outs[i] is None for i in where):
-                self.newly_unsplit.add(module)
-                return None
-        call = LayerCall(module, args, kwargs, dims, self._n)
-        self._layer_calls.append((call, wanted))
-        inputs = {x.data_ptr() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for i in where:
-            x = leaves[i]
-            if not x.requires_grad:
-                x = x.clone() if x.data_ptr() in inputs else x
-                x = _Root.apply(self._anchor, [x])
-            x.register_hook(partial(call.arrived, i))
-            leaves[i] = x
-        return pytree.tree_unflatten(leaves, tree)
-
-    def _finish_layer(self, call: LayerCall, wanted: dict[str, str]) -> None:
-        if not call.grads:
-            return
-        form = call.form(list(wanted))
-        size = sum(self.shapes[name].numel() for name in wanted.values())
-        if all(len(self.uses[name]) == 1 for name in wanted.values()):
-            step = max(1, (1 << 22) // max(1, size))
-            for lo in range(0, call.n, step):
-                for local, g in form(lo, min(call.n, lo + step)).items():
-                    name = wanted[local]
-                    self.add(name, Direct(g, self.dtypes[name]), None)
-        else:
-            for local, name in wanted.items():
-
-                def rows(lo: int, hi: int, local: str = local) -> Tensor:
-                    return form(lo, hi)[local]
-
-                piece = Lazy(rows, call.n, self.shapes[name], size)
-                self._pending.setdefault(name, []).append(piece)
-        call.grads.clear()
-
-
-def _shapes(tree: Any) -> list[Any]:
-    return [x.shape if isinstance(x, Tensor) else None for x in pytree.tree_leaves(tree)]
