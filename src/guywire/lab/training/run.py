@@ -9,16 +9,16 @@ import os
 import platform
 import re
 import shlex
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import guywire
 from guywire.core import writing
 from guywire.core.errors import DataError, GuywireError, UsageError
 from guywire.lab.streams import Stream
+from guywire.lab.training import locks
 from guywire.lab.training.config import CompareConfig, parse
 from guywire.lab.training.tables import differences, parse_toml, read_toml, to_toml
 
@@ -123,7 +123,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file: name a folder")
         entries = [] if not self.path.is_dir() else sorted(p.name for p in self.path.iterdir())
-        entries = [name for name in entries if name != ".lock" and not name.endswith(".tmp")]
+        entries = [name for name in entries if name != locks.FILE and not name.endswith(".tmp")]
         stored = self.stored()
         if stored is None and entries == [self.trials.name] and not any(self.trials.iterdir()):
             entries = []  # a start that was killed before it had written anything
@@ -157,11 +157,11 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = (self.path / locks.FILE).open("w")
         except OSError as error:
             raise writing.cannot_write(self.path, error) from error
         with file:
-            _take(file, self.path)
+            locks.take(file, self.path)
             self._sweep()
             yield
 
@@ -323,7 +323,7 @@ def _summary(path: Path) -> dict[str, Any]:
     except ValueError as error:
         return entry | {"error": str(error)}
     status = facts.get("status", "unknown")
-    if status == "running" and not _is_locked(path):
+    if status == "running" and not locks.is_locked(path):
         status = "killed"
     report = path / "report.html"
     return {
@@ -339,39 +339,6 @@ def _summary(path: Path) -> dict[str, Any]:
         "trials": len(config.methods) * len(config.seed_list),
         "report": str(report) if report.is_file() else None,
     }
-
-
-def _take(file: IO[str], path: Path) -> None:
-    """Lock a file, or say who has it; gone with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform
-        return
-    for wait in (0.05, 0.1, 0.2, None):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if wait is None:
-                raise UsageError(
-                    f"another process is at work in {path}: wait for it, or choose another folder"
-                ) from error
-            time.sleep(wait)  # `guywire runs` looks at locks for a moment
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        import fcntl
-
-        with (path / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except ImportError:
-        return True  # cannot tell
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _versions() -> dict[str, str]:
