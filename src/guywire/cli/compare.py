@@ -12,9 +12,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from guywire.cli import console, sweeps
+from guywire.cli import console, settings, sweeps
 from guywire.cli.progress import Display
-from guywire.core.errors import GuywireError, MissingExtraError, UsageError
+from guywire.core.errors import GuywireError, MissingExtraError
 
 __all__ = ["register", "results_table"]
 
@@ -257,7 +257,7 @@ def _compare(
         },
         "model": model,
         "methods": methods,
-        "options": _options(option or []),
+        "options": settings.options(option or []),
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
@@ -267,7 +267,7 @@ def _compare(
         "seeds": seeds,
         "workers": workers,
         "on": on,
-        "ray": _resources(resources),
+        "ray": settings.resources(resources),
         "threads": threads,
         "out": None if out is None else str(out),
         "track": track or None,
@@ -278,7 +278,7 @@ def _compare(
 def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) -> int:
     from guywire.lab import tracking, training
 
-    config = _settings(file, flags, resume)
+    config = settings.settle(file, flags, resume=resume)
     folder: Path | None = None
     with Display() as display, tracking.Follower(config.track, display.remark) as follower:
 
@@ -333,69 +333,6 @@ def _run(file: Path | None, flags: dict[str, Any], resume: bool, as_json: bool) 
         total = len(found.config.methods) * len(found.config.seed_list)
         return console.fail(f"{len(found.failed)} of {total} trials failed, the first: {first}", 1)
     return 0
-
-
-def _settings(file: Path | None, flags: dict[str, Any], resume: bool) -> Any:
-    from guywire.lab.training import config as settings
-    from guywire.lab.training import tables
-    from guywire.lab.training.run import RunFolder
-
-    given = _given(flags)
-    base: dict[str, Any] = {} if file is None else tables.read_toml(file)
-    where = "" if file is None else str(file)
-    if file is not None:
-        settings.parse(settings.CompareConfig, base, where)
-    if resume:
-        out = given.get("out") or base.get("out")
-        if out is None:
-            raise UsageError("--resume needs the folder of the run: add --out FOLDER")
-        if file is None:
-            stored = RunFolder(Path(out)).stored()
-            if stored is None and not given.keys() - {"out", "workers", "track"}:
-                raise UsageError(
-                    f"there is no run to resume in {out}: check the path, or name the settings again "
-                    "(with them, --resume starts a run where there is none)"
-                )
-            base = stored or {}
-    return settings.parse(settings.CompareConfig, tables.merge(base, given))
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    given = {}
-    for key, value in flags.items():
-        if isinstance(value, dict):
-            value = _given(value) or None
-        if value is not None:
-            given[key] = value
-    return given
-
-
-def _options(words: list[str]) -> dict[str, Any]:
-    from guywire.lab.training.tables import parse_toml
-
-    table: dict[str, Any] = {}
-    for word in words:
-        left, equals, right = word.partition("=")
-        *path, key = left.strip().split(".")
-        if not equals or not path or not all((*path, key)):
-            raise UsageError(f"--option {word}: write METHOD.OPTION=VALUE, as ewc.strength=1000")
-        try:
-            value = parse_toml(f"x = {right}")["x"]
-        except ValueError:
-            value = right  # a word needs no quotes here
-        home: Any = table
-        for part in path:
-            home = home.setdefault(part, {})
-            if not isinstance(home, dict):
-                raise UsageError(f"--option {word}: {part!r} has a value already, and no options")
-        home[key] = value
-    return table
-
-
-def _resources(word: str | None) -> dict[str, Any]:
-    from guywire.lab.training.ray_settings import parse_resources
-
-    return {} if word is None else parse_resources(word)
 
 
 def _report(folder: Path) -> Path | None:
