@@ -183,25 +183,24 @@ def measure(case: str, repeats: int, peers: bool = True) -> dict[str, Any]:
             METHODS[name](model, batches)
             times[name].append(time.perf_counter() - start)
     base = times["plain"]
+    ratios = {name: [a / b for a, b in zip(t, base, strict=True)] for name, t in times.items()}
     row: dict[str, Any] = {
         "case": case,
         "parameters": sum(p.numel() for p in model.parameters()),
         "target": TARGETS[case],
         "seconds": {name: statistics.median(t) for name, t in times.items()},
-        "ratio": {
-            name: statistics.median(a / b for a, b in zip(t, base, strict=True))
-            for name, t in times.items()
-        },
+        "ratio": {name: statistics.median(found) for name, found in ratios.items()},
+        "ratios": ratios,
         "ratio_of_best": {name: min(t) / min(base) for name, t in times.items()},
         "notes": notes,
     }
     # (What an allocator keeps differs from process to process by a tenth and more.)
     each = [{name: peak(case, name) for name in ("plain", "guywire")} for _ in range(repeats)]
     row["peak_mb"] = each
-    ratios = [p["guywire"] / p["plain"] for p in each if p["guywire"] and p["plain"]]
-    if ratios:
-        row["memory_ratio"] = statistics.median(ratios)
-        row["memory_ratios"] = ratios
+    memory = [p["guywire"] / p["plain"] for p in each if p["guywire"] and p["plain"]]
+    if memory:
+        row["memory_ratio"] = statistics.median(memory)
+        row["memory_ratios"] = memory
     return row
 
 

@@ -4,7 +4,9 @@
 
 Base and two fine-tuned copies, 542 MB each, are made in a temporary folder. Every timed run is a fresh
 process. "read and write" reads the three files and writes one of the base's size, flushed to the disk
-as ours is. Runs are interleaved and medians compared; the spread is the smallest and largest.
+as ours is. Runs are interleaved and medians compared; the spread is the smallest and largest. A ratio
+divides a repetition's seconds by the median of reading and writing, not by its neighbour's: flushing
+to a disk is itself noisy.
 
 Wall time of ours is that of the merge inside the process, and of the whole command beside it: the
 command also starts Python and imports torch, which does not grow with the checkpoint. Private memory
@@ -270,10 +272,12 @@ def measure(
             "rate": rate,
             "seconds": spread([r.inside for r in runs]),
             "ratio": statistics.median(r.inside for r in runs) / base,
+            "ratios": [r.inside / base for r in runs],
             "cpu_seconds": spread([r.cpu for r in runs]),
             "process_seconds": spread([r.whole for r in runs]),
             "process_ratio": statistics.median(r.whole for r in runs) / base,
             "private_mb": max(r.memory for r in runs),
+            "private_mbs": [r.memory for r in runs],
         }
         for (method, rate), runs in seconds.items()
     ]
@@ -296,6 +300,7 @@ def measure(
         "rows": rows,
         "command_seconds": spread(typed),
         "command_ratio": statistics.median(typed) / base,
+        "command_ratios": [seconds / base for seconds in typed],
         "mergekit": peers,
         "mergekit_note": note,
         "repeats": args.repeats,

@@ -91,7 +91,7 @@ def losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             note = f" ({r['note']})" if r["note"] else ""
             said.append(f"{r['figure']}, beside {r['peer']}{by}: {r['verdict']}{note}.")
         elif "missed" in r["verdict"]:
-            value = number(r["ours"]["median"])
+            value = measured(r["ours"], r["unit"])
             said.append(f"{r['figure']}: {value}, {r['verdict']}.")
     return said
 
