@@ -109,7 +109,11 @@ def test_models_whose_sample_misleads_are_counted_again(monkeypatch: pytest.Monk
     )
     unfair[seen.ravel()] = 100.0
     every = [fair, unfair, sparse]
-    found = find_limits(lambda p: [d[p[0] : p[1]] for d in every], 3, pieces, N // 10, map, 300)
+
+    def deltas(slices: list[tuple[int, int]]) -> list[torch.Tensor]:
+        return [torch.cat([d[a:b] for a, b in slices]) for d in every]
+
+    found = find_limits(deltas, 3, pieces, N // 10, map, 300)
     assert again == [1]
     for delta, limit in zip(every, found, strict=True):
         kept = torch.cat([limit.kept(delta[a:b], a) + a for a, b in pieces])

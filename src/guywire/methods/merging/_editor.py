@@ -105,8 +105,8 @@ class Editor:
         if not parts:
             return
 
-        def deltas(piece: Piece) -> list[Tensor]:
-            return [change.at() for change in self._changes(item, *piece, parts, widen=True)]
+        def deltas(slices: Sequence[Piece]) -> list[Tensor]:
+            return [change.at() for change in self._changes(item, slices, parts, widen=True)]
 
         found = find_limits(deltas, len(parts), pieces, count, run, _stride(item))
         for part, limit in zip(parts, found, strict=True):
@@ -138,7 +138,7 @@ class Editor:
         if not places and None not in limits:
             ranked = self._ranked(item, [lim for lim in limits if lim is not None], start, split)
             return self._joined(item, ranked, split, stop), None
-        changes = self._changes(item, start, split)
+        changes = self._changes(item, [(start, split)])
         before = changes[0].base
         out = before.to(DTYPES[item.dtype], copy=True)
         if item.pruned:
@@ -162,7 +162,7 @@ class Editor:
         Returns:
             At least float32, ``[stop - start]``.
         """
-        return self._change(item, part, start, stop).at()
+        return self._change(item, part, [(start, stop)]).at()
 
     def _joined(self, item: Item, out: Tensor, split: int, stop: int) -> Tensor:
         return out if split == stop else torch.cat([out, self._own(item, split, stop)])
@@ -176,31 +176,31 @@ class Editor:
     def _changes(
         self,
         item: Item,
-        start: int,
-        stop: int,
+        slices: Sequence[Piece],
         parts: Sequence[Part] | None = None,
         *,
         widen: bool = False,
     ) -> list[edits.Change]:
         assert item.base is not None
-        before = self.base.read(item.base.name, start, stop)
+        before = self.base.gather(item.base.name, slices)
         chosen = item.parts if parts is None else parts
-        changes = [self._change(item, part, start, stop, before) for part in chosen]
+        changes = [self._change(item, part, slices, before) for part in chosen]
         if widen and all(change.wide == torch.float32 for change in changes):
             wide = before.float()
             changes = [dataclasses.replace(change, widened=wide) for change in changes]
         return changes
 
     def _change(
-        self, item: Item, part: Part, start: int, stop: int, before: Tensor | None = None
+        self, item: Item, part: Part, slices: Sequence[Piece], before: Tensor | None = None
     ) -> edits.Change:
         assert item.base is not None
-        before = self.base.read(item.base.name, start, stop) if before is None else before
+        before = self.base.gather(item.base.name, slices) if before is None else before
         if part.factors is not None:
-            return edits.Change(before, None, part.factors.rows(start, stop))
+            rows = [part.factors.rows(start, stop) for start, stop in slices]
+            return edits.Change(before, None, rows[0] if len(rows) == 1 else torch.cat(rows))
         assert part.entry is not None
         assert part.owner is not None
-        return edits.Change(before, part.owner.read(part.entry.name, start, stop))
+        return edits.Change(before, part.owner.gather(part.entry.name, slices))
 
     def _ranked(self, item: Item, limits: Sequence[Limit], start: int, stop: int) -> Tensor:
         """Edit a piece whose survivors the limits tell, in strides that stay in the cache."""
@@ -208,7 +208,7 @@ class Editor:
         ties = [limit.ties.get(start, 0) for limit in limits]
         step = _stride(item)
         for at in range(start, stop, step):
-            changes = self._changes(item, at, min(at + step, stop), widen=True)
+            changes = self._changes(item, [(at, min(at + step, stop))], widen=True)
             before = changes[0].base
             values = out[at - start : at - start + len(before)].copy_(before)
             deltas = [change.at() for change in changes]

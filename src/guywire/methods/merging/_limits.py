@@ -20,7 +20,7 @@ from torch import Tensor
 
 Piece = tuple[int, int]
 Run = Callable[[Callable[[Piece], Any], Sequence[Piece]], Iterable[Any]]
-Deltas = Callable[[Piece], Sequence[Tensor]]
+Deltas = Callable[[Sequence[Piece]], Sequence[Tensor]]
 
 STRIDE = 1 << 18
 """Weights that are looked at together. With fewer, threads would mostly hand over Python's lock."""
@@ -111,7 +111,9 @@ def find_limit(
     Returns:
         The limit.
     """
-    return find_limits(lambda piece: [delta(piece)], 1, pieces, count, run)[0]
+    return find_limits(
+        lambda slices: [torch.cat([delta(piece) for piece in slices])], 1, pieces, count, run
+    )[0]
 
 
 def find_limits(
@@ -125,7 +127,7 @@ def find_limits(
     """Find what keeps ``count`` weights of each model exactly; of equal ones the first.
 
     Args:
-        deltas: gives each model's change of a piece, or of any slice.
+        deltas: gives each model's change in slices of the tensor, one behind the other.
         models: how many.
         pieces: (start, stop), in order, of the whole tensor.
         count: how many to keep.
@@ -148,8 +150,8 @@ def find_limits(
     missed = [i for i, limit in enumerate(limits) if limit is None]
     if missed:
 
-        def some(piece: Piece) -> list[Tensor]:
-            every = deltas(piece)
+        def some(slices: Sequence[Piece]) -> list[Tensor]:
+            every = deltas(slices)
             return [every[i] for i in missed]
 
         ranges = _classes(some, len(missed), pieces, count, run, step)
@@ -196,7 +198,7 @@ def _collect(
         above, lowest = [0] * len(ranges), [0] * len(ranges)
         inside: list[list[np.ndarray]] = [[] for _ in ranges]
         for stride in _strides(piece, step):
-            for i, (delta, (low, high)) in enumerate(zip(deltas(stride), ranges, strict=True)):
+            for i, (delta, (low, high)) in enumerate(zip(deltas([stride]), ranges, strict=True)):
                 bits = magnitude_bits(delta)
                 bits -= np.int32(low)
                 above[i] += int(np.count_nonzero(bits > np.int32(high - low)))
@@ -231,10 +233,12 @@ def _between(
     def look(piece: Piece) -> list[np.ndarray]:
         start, stop = piece
         if stop - start <= each * _STRETCH:
-            return [magnitude_bits(delta) for delta in deltas(piece)]
-        starts = np.linspace(start, stop - _STRETCH, each).astype(np.int64).tolist()
-        parts = [map(magnitude_bits, deltas((at, at + _STRETCH))) for at in starts]
-        return [np.concatenate(mine) for mine in zip(*parts, strict=True)]
+            stretches = [piece]
+        else:
+            starts = np.linspace(start, stop - _STRETCH, each).astype(np.int64).tolist()
+            stretches = [(at, at + _STRETCH) for at in starts]
+        # All at once: a call for each stretch would be most of the calls of a merge.
+        return [magnitude_bits(delta) for delta in deltas(stretches)]
 
     ranges = []
     share = count / numel
@@ -263,7 +267,7 @@ def _classes(
     def look(piece: Piece) -> np.ndarray:
         counts = np.zeros((models, 1 << 16), dtype=np.int64)
         for stride in _strides(piece, step):
-            for mine, delta in zip(counts, deltas(stride), strict=True):
+            for mine, delta in zip(counts, deltas([stride]), strict=True):
                 mine += np.bincount(magnitude_bits(delta) >> _LOW, minlength=1 << 16)
         return counts
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -139,32 +139,51 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ends too early.
         """
+        return self.gather(name, [(start, self.tensors[name].numel if stop is None else stop)])
+
+    def gather(self, name: str, slices: Sequence[tuple[int, int]]) -> Tensor:
+        """Read slices of a flattened tensor into one; may be called by several threads at once.
+
+        Args:
+            name: of the tensor.
+            slices: first element of each, and that after its last one.
+
+        Returns:
+            The elements, one slice behind the other, in the tensor's own type.
+
+        Raises:
+            CheckpointError: the file ends too early.
+        """
         entry = self.tensors[name]
-        stop = entry.numel if stop is None else stop
+        count = sum(stop - start for start, stop in slices)
         try:
-            out = torch.empty(stop - start, dtype=DTYPES[entry.dtype])
+            out = torch.empty(count, dtype=DTYPES[entry.dtype])
         except RuntimeError as error:  # so torch says that memory is out
             raise CheckpointError(
-                f"{name[:80]!r} in {entry.file} takes {(stop - start) * entry.width} bytes, more than "
+                f"{name[:80]!r} in {entry.file} takes {count * entry.width} bytes, more than "
                 "this machine has memory for"
             ) from error
-        if stop > start:
-            view = out.view(torch.uint8).numpy().data
-            at = entry.offset + start * entry.width
-            handle = self._handle(entry.file)
-            while view:
-                try:
-                    got = os.preadv(handle, [view], at)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"cannot read {entry.file}: {error.strerror}: check the disk"
-                    ) from error
-                if not got:
-                    raise CheckpointError(
-                        f"{entry.file} ends within {name!r}: it was cut while being read"
-                    )
-                view, at = view[got:], at + got
+        if count:
+            handle, view = self._handle(entry.file), out.view(torch.uint8).numpy().data
+            for start, stop in slices:
+                size = (stop - start) * entry.width
+                self._fill(view[:size], handle, entry, entry.offset + start * entry.width)
+                view = view[size:]
         return out
+
+    def _fill(self, view: memoryview, handle: int, entry: Entry, at: int) -> None:
+        while view:
+            try:
+                got = os.preadv(handle, [view], at)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read {entry.file}: {error.strerror}: check the disk"
+                ) from error
+            if not got:
+                raise CheckpointError(
+                    f"{entry.file} ends within {entry.name!r}: it was cut while being read"
+                )
+            view, at = view[got:], at + got
 
     def _handle(self, file: Path) -> int:
         if file not in self._handles:
