@@ -54,14 +54,18 @@ def change(known: Fingerprint, now: Fingerprint) -> str:
     return "nothing changed"
 
 
+def is_fsdp(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` was called on this very module."""
+    return hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync")
+
+
 def reshard(model: nn.Module) -> None:
     """Bring FSDP2's parameters back to their shards."""
     # After a forward pass without a backward one, FSDP2 leaves the root module's parameters whole;
     # the optimiser holds the shards.
     for module in model.modules():
-        reshard = getattr(module, "reshard", None)
-        if reshard is not None and hasattr(module, "set_requires_gradient_sync"):
-            reshard()
+        if is_fsdp(module):
+            module.reshard()  # pyright: ignore[reportCallIssue]
 
 
 def is_above(frame: FrameType, below: FrameType | None) -> bool:

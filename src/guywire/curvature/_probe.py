@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import batches
+from guywire.core.processes import is_sharded
 from guywire.curvature._capture import Recorder
-from guywire.curvature._quiet import is_sharded
 from guywire.curvature._routes import Probe
 
 __all__ = ["run_probe", "take"]

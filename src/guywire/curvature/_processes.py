@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from guywire.curvature._quiet import is_sharded
+from guywire.core.processes import data_parallel, is_sharded
 
 __all__ = ["Processes"]
 
@@ -25,7 +25,7 @@ class Processes:
 
     def __init__(self, model: nn.Module) -> None:
         up = distributed.is_available() and distributed.is_initialized()
-        ddp = _ddp(model) if up else None
+        ddp = data_parallel(model) if up else None
         self.sharded = up and is_sharded(model)
         self.together = self.sharded or ddp is not None
         self.group: Any = None if ddp is None else ddp.process_group
@@ -72,13 +72,3 @@ class Processes:
         mesh = parameter.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
         whole = DTensor.from_local(total, mesh, [Partial()] * mesh.ndim, run_check=False)
         return whole.redistribute(mesh, parameter.placements)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _ddp(model: nn.Module) -> Any:
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            return model
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return None
-        model = inner

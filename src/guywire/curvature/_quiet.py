@@ -9,19 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["is_sharded", "quiet"]
+from guywire.core.processes import is_sharded
 
-
-def is_sharded(model: nn.Module) -> bool:
-    """Say whether a model's parameters are sharded by FSDP2.
-
-    Args:
-        model: any module.
-
-    Returns:
-        True if any parameter is a DTensor.
-    """
-    return any(hasattr(p, "device_mesh") for p in model.parameters())
+__all__ = ["quiet"]
 
 
 @contextmanager

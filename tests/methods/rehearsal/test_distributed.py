@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import guywire as gw
-from guywire.core.errors import AttachError
 from guywire.testing import run_processes
 
 pytestmark = pytest.mark.multiprocess
@@ -39,6 +38,10 @@ def shard(model):
     return model
 
 
+def compiled(model):
+    return torch.compile(DistributedDataParallel(model), backend="eager")
+
+
 def whole(model):
     parts = (getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters())
     return torch.cat([p.detach().flatten() for p in parts])
@@ -66,8 +69,9 @@ def in_two(rank):
     """All that needs two processes, so that they start once."""
     return {
         "gem": train_gem(rank, 2, DistributedDataParallel),
+        "compiled gem": train_gem(rank, 2, compiled),
         "sharded gem": train_gem(rank, 2, shard),
-        "shards": refuse_and_replay_on_shards(rank),
+        "shards": train_replay_on_shards(rank),
         "replay": train_replay_in_two(rank),
     }
 
@@ -77,7 +81,7 @@ def found_in_two():
     return run_processes(in_two, 2)
 
 
-@pytest.mark.parametrize("how", ["gem", "sharded gem"])
+@pytest.mark.parametrize("how", ["gem", "compiled gem", "sharded gem"])
 def test_gem_in_two_processes_equals_one(found_in_two, how):
     one = train_gem(0)
     assert one["noted"][:, 0].max() > 0
@@ -88,16 +92,9 @@ def test_gem_in_two_processes_equals_one(found_in_two, how):
             )
 
 
-def refuse_and_replay_on_shards(rank):
+def train_replay_on_shards(rank):
     model = shard(make())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    words = []
-    for method in (gw.PredictionDistillation(), gw.FeatureDistillation()):
-        try:
-            with gw.attach(model, optimizer, method) as wires:
-                wires.consolidate([batch(1)])
-        except AttachError as error:
-            words.append(str(error))
     wires = gw.attach(model, optimizer, gw.Replay(16, seed=rank))
     for step in range(4):
         x, y = part(batch(step), rank, 2)
@@ -105,13 +102,11 @@ def refuse_and_replay_on_shards(rank):
         optimizer.zero_grad()
         (F.cross_entropy(outputs, y) + wires.loss((x, y), outputs)).backward()
         optimizer.step()
-    return {"words": words, "parameters": whole(model)}
+    return {"parameters": whole(model)}
 
 
-def test_under_fsdp2_replay_works_and_the_others_say_why_not(found_in_two):
+def test_under_fsdp2_replay_works(found_in_two):
     one, two = (results["shards"] for results in found_in_two)
-    assert len(one["words"]) == 2
-    assert all("fully_shard" in w or "sharded" in w for w in one["words"])
     assert torch.equal(one["parameters"], two["parameters"])
     assert torch.isfinite(one["parameters"]).all()
     # Replay changed the path: the same run without it ends elsewhere.

@@ -20,11 +20,12 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from guywire.core import _rows, batches, losses, selection, tensors
 from guywire.core.aside import undisturbed
 from guywire.core.errors import NonFiniteError, UsageError
+from guywire.core.processes import data_parallel
 from guywire.core.regularizer import Regularizer, Step
 from guywire.core.tensors import Tensors
 from guywire.methods.rehearsal.replay import Criterion
@@ -308,13 +309,12 @@ class GEM(Regularizer):
 
     def _averaged(self, gradient: Tensors) -> Tensors:
         wires = getattr(self, "_wires", None)
-        if not isinstance(getattr(wires, "model", None), nn.parallel.DistributedDataParallel):
+        wrapper = data_parallel(getattr(wires, "model", None))
+        if wrapper is None:
             return gradient
-        import torch.distributed as dist
-
         flat = torch.cat([g.flatten() for g in gradient.values()])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        distributed.all_reduce(flat, group=wrapper.process_group)
+        flat /= distributed.get_world_size(wrapper.process_group)
         parts = flat.split([g.numel() for g in gradient.values()])
         return {n: part.view_as(gradient[n]) for n, part in zip(gradient, parts, strict=True)}
 

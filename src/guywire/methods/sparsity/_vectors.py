@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from guywire.core import selection
 from guywire.core.errors import AttachError, CheckpointError, SelectionError, UsageError
+from guywire.core.processes import data_parallel
 
 HOME = "_sara"
 """Name of the submodule that holds the vectors in the user's model."""
@@ -243,7 +244,7 @@ def install(model: nn.Module, masks: Mapping[str, Tensor], threshold: float | No
         AttachError: the model is sharded, or wrapped by DDP.
     """
     inner = selection.unwrap(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if data_parallel(model) is not None:
         raise AttachError("the model is wrapped by DDP already: prepare it first, then wrap it")
     if find(inner) is not None:
         raise UsageError(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from guywire.core import selection, tensors
 from guywire.core.errors import AttachError, CheckpointError, UsageError
+from guywire.core.processes import data_parallel
 from guywire.core.regularizer import Regularizer, Step
 from guywire.methods.sparsity import _pieces
 from guywire.methods.sparsity.halves import Level, draw, half, half_fractions, half_reset
@@ -237,9 +238,8 @@ class HalfFineTuning(Regularizer):
         self._thaw()
         params = selection.named_parameters(self._model)
         wires = getattr(self, "_wires", None)
-        parallel = nn.parallel.DistributedDataParallel
         # DDP waits for the gradient of each parameter that required one when it was made.
-        wrapped = wires is not None and isinstance(wires.model, parallel)
+        wrapped = data_parallel(getattr(wires, "model", None)) is not None
         parts: dict[str, list[_pieces.Index]] = {}
         for name in self.frozen_:
             whole, index = _pieces.parse(name)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from guywire.core import selection
 from guywire.core.attach import Wires
 from guywire.core.errors import AttachError, SelectionError, UsageError
+from guywire.core.processes import data_parallel
 from guywire.core.regularizer import Regularizer, Step, Strength, strength_at
 from guywire.core.selection import Selection
 from guywire.methods.sparsity import _vectors
@@ -191,8 +192,7 @@ class SaRA(Regularizer):
         vectors = _vectors.of(model)
         if self.reselect_at is not None:
             self._threshold(vectors)
-            wires = self._wires
-            if wires is not None and isinstance(wires.model, nn.parallel.DistributedDataParallel):
+            if data_parallel(getattr(self._wires, "model", None)) is not None:
                 raise AttachError(
                     f"reselect_at={self.reselect_at} makes the vectors shorter, and DDP has buffers "
                     "of their first lengths: train in two stages, wrapping anew for the second"
