@@ -60,15 +60,18 @@ def make(kind):
         "AdamR": lambda: gw.AdamR(0.3),
         "PEGO": lambda: gw.PEGO(0.02),
         "AlignGuardLoRA": lambda: gw.AlignGuardLoRA(2.0, collision=1.0, large="weight"),
+        "PredictionDistillation": lambda: gw.PredictionDistillation(2.0),
+        "FeatureDistillation": lambda: gw.FeatureDistillation(2.0, layer="gate", at="output"),
     }[kind]()
 
 
 KINDS = [
     "L2", "L2 on the CPU", "L2 decoupled", "L1 decoupled", "EWC", "EWC on disk", "EWC online",
-    "HalfFineTuning", "AdamR", "PEGO", "AlignGuardLoRA",
+    "HalfFineTuning", "AdamR", "PEGO", "AlignGuardLoRA", "PredictionDistillation",
+    "FeatureDistillation",
 ]  # fmt: skip
 
-FEW = ["L2 on the CPU", "EWC on disk", "HalfFineTuning", "AdamR"]
+FEW = ["L2 on the CPU", "EWC on disk", "HalfFineTuning", "AdamR", "PredictionDistillation"]
 
 
 def data(step):
@@ -101,7 +104,9 @@ class Run:
         for step in range(start, stop):
             self.optimizer.zero_grad()
             x, y = self.batch(step)
-            nn.functional.cross_entropy(self.model(x), y).backward()
+            outputs = self.model(x)
+            loss = nn.functional.cross_entropy(outputs, y) + self.wires.loss((x, y), outputs)
+            loss.backward()
             self.optimizer.step()
             if step in (1, 3):
                 self.wires.consolidate([self.batch(100 + step), self.batch(200 + step)])

@@ -168,8 +168,8 @@ def pela(**keywords):
 
 
 SECOND = "refused: a second gradient on the graph of the loss, which shards do not give"
-COPIES = "keeps a deep copy of the model as teacher, which fully_shard refuses (a clear error)"
 DRAWS = "draws its memory batches per call, so other splits of the data draw other samples"
+PASSES = "runs its memories in the step; equality: methods/rehearsal/test_distributed.py"
 FACTORS = "gathers the factors in the step; equality: tests/distributed/test_alignguard.py"
 GATHERS = "gathers an adapted layer's weights in the step; equality: tests/distributed/test_pego.py"
 SUMS = "one collective call a step, for the divisor; equality: merging/test_adamr_distributed.py"
@@ -193,9 +193,9 @@ SUBJECTS = {
             "fsdp2": "each process draws labels for its own samples",
         },
     ),
-    "PredictionDistillation": Subject(prediction, skip={"fsdp2": COPIES}),
-    "PredictionDistillation sigmoid": Subject(prediction_sigmoid, skip={"fsdp2": COPIES}),
-    "FeatureDistillation": Subject(feature, skip={"fsdp2": COPIES}),
+    "PredictionDistillation": Subject(prediction),
+    "PredictionDistillation sigmoid": Subject(prediction_sigmoid),
+    "FeatureDistillation": Subject(feature),
     "Replay": Subject(replay, skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": DRAWS}),
     "Replay balanced": Subject(
         replay_balanced, skip={"micro_batches": DRAWS, "ddp": DRAWS, "fsdp2": DRAWS}
@@ -238,7 +238,7 @@ SUBJECTS = {
         off={"strength": 0.0, "norm": 0.0},
         skip={"fsdp2": SECOND},
     ),
-    "GEM": Subject(gem, skip={"fsdp2": "refused: gradients aside from the step"}),
+    "GEM": Subject(gem, skip={"fsdp2": PASSES}),
     "HalfFineTuning": Subject(
         half_fine_tuning,
         off={"ratio": 1.0},

@@ -1,15 +1,22 @@
-"""The teacher: a frozen copy of the model, and how it is saved and rebuilt."""
+"""The teacher: the model as it was, how it is run, and how it is saved and rebuilt.
+
+A plain model's teacher is a frozen copy of it. Modules sharded by FSDP2 cannot be copied: there the
+teacher is its shards alone, which trade places with the model's for a pass.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from guywire.core import batches
+from guywire.core import batches, exchange, processes, tensors
+from guywire.core.aside import undisturbed
 from guywire.core.errors import AttachError, CheckpointError, DataError
 from guywire.core.selection import canonical, unwrap
 from guywire.core.tensors import Tensors
@@ -17,24 +24,36 @@ from guywire.core.tensors import Tensors
 MARK = "_guywire_capture"
 
 
-def freeze(model: nn.Module) -> nn.Module:
-    """Return a frozen copy of a model: eval mode, no gradients, without our own hooks.
+@dataclass(frozen=True)
+class Shards:
+    """The teacher of a sharded model: its parameters and persistent buffers.
+
+    Attributes:
+        values: canonical names to this process's copies, sharded as the model's own.
+    """
+
+    values: Tensors
+
+
+Teacher = nn.Module | Shards
+
+
+def freeze(model: nn.Module) -> Teacher:
+    """Return the model as it is now, for good.
 
     Args:
         model: the user's module, with or without wrappers.
 
     Returns:
-        The copy; it shares no memory with the model.
+        A copy in eval mode, without gradients and without our own hooks; of a model sharded by
+        FSDP2 its shards. It shares no memory with the model.
 
     Raises:
-        AttachError: the model is sharded by FSDP2, or cannot be copied.
+        AttachError: the model cannot be copied.
     """
     inner = unwrap(model)
-    if any(cls.__name__ == "FSDPModule" for m in inner.modules() for cls in type(m).__mro__):
-        raise AttachError(
-            "distillation copies the model, and modules sharded by fully_shard cannot be copied: "
-            "use DDP for it, or hold the parameters with gw.L2 or gw.EWC, which work on shards"
-        )
+    if processes.is_sharded(inner):
+        return Shards({n: tensors.clone(t) for n, t in exchange.values_of(inner).items()})
     try:
         teacher = copy.deepcopy(inner)
     except Exception as error:  # whatever a user's __deepcopy__ may raise
@@ -49,15 +68,51 @@ def freeze(model: nn.Module) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def tensors_of(teacher: nn.Module) -> Tensors:
-    """Return a module's parameters and persistent buffers under canonical names, tied ones once.
+@contextmanager
+def teaching(teacher: Teacher, model: nn.Module) -> Iterator[nn.Module]:
+    """Give the module that answers as the teacher; of sharded models every process asks it.
 
     Args:
-        teacher: the module.
+        teacher: from :func:`freeze`.
+        model: the attached model, unwrapped; left as it is.
+
+    Yields:
+        A module in eval mode, to be run without autograd.
+    """
+    if isinstance(teacher, nn.Module):
+        yield teacher
+        return
+    with exchange.exchanged(model, teacher.values), undisturbed(model, mode=False):
+        yield model
+
+
+def move(teacher: Teacher, model: nn.Module) -> Teacher:
+    """Return the teacher where the model is.
+
+    Args:
+        teacher: from :func:`freeze`.
+        model: the model that is attached now.
+
+    Returns:
+        The teacher, on the model's device.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher.to(batches.device_of(model))
+    own = exchange.values_of(model)
+    return Shards({n: tensors.place_like(t, own.get(n, t)) for n, t in teacher.values.items()})
+
+
+def tensors_of(teacher: Teacher) -> Tensors:
+    """Return a teacher's parameters and persistent buffers under canonical names, tied ones once.
+
+    Args:
+        teacher: from :func:`freeze`.
 
     Returns:
         Names to detached tensors that share its memory.
     """
+    if isinstance(teacher, Shards):
+        return dict(teacher.values)
     out: Tensors = {}
     known: set[int] = set()
     for name, value in teacher.state_dict(keep_vars=True).items():
@@ -67,12 +122,12 @@ def tensors_of(teacher: nn.Module) -> Tensors:
     return out
 
 
-def rebuild(model: nn.Module, saved: Tensors, *, grown: bool) -> nn.Module:
-    """Return a teacher with saved tensors, built as a copy of the model that is attached now.
+def rebuild(model: nn.Module, saved: Tensors, *, grown: bool) -> Teacher:
+    """Return a teacher with saved tensors, built from the model that is attached now.
 
     Args:
         model: the attached model; a head may have grown since the state was saved.
-        saved: names to tensors, from :func:`tensors_of`.
+        saved: names to tensors, from :func:`tensors_of`; whole ones do for a sharded model.
         grown: whether the model may have parameters that the saved teacher lacks.
 
     Returns:
@@ -102,15 +157,17 @@ def rebuild(model: nn.Module, saved: Tensors, *, grown: bool) -> nn.Module:
         )
     with torch.no_grad():
         for name, value in saved.items():
-            targets[name].copy_(value)
+            target = targets[name]
+            tensors.local(target).copy_(tensors.local(tensors.place_like(value, target)))
     return teacher
 
 
-def classes_in(data: Iterable[Any]) -> Tensor:
+def classes_in(data: Iterable[Any], model: nn.Module) -> Tensor:
     """Return the sorted class numbers among the labels of some batches.
 
     Args:
-        data: batches.
+        data: batches; under DDP and FSDP2 this process's part, and the answer is that of all.
+        model: as the user passed it.
 
     Returns:
         ``[classes]``, int64, on the CPU.
@@ -118,7 +175,7 @@ def classes_in(data: Iterable[Any]) -> Tensor:
     Raises:
         DataError: the labels are no class numbers, or there are none.
     """
-    found: list[Tensor] = []
+    found: set[int] = set()
     for batch in data:
         labels = batches.labels_of(batch)
         if labels.is_floating_point() or labels.is_complex():
@@ -126,12 +183,10 @@ def classes_in(data: Iterable[Any]) -> Tensor:
                 f"labels of type {labels.dtype} are no class numbers, so there are no old classes: "
                 "distil features (gw.FeatureDistillation) instead"
             )
-        found.append(labels.detach().unique().cpu().long())
-    if found:
-        classes = torch.cat(found).unique()
-        classes = classes[classes >= 0]  # -100 marks tokens that do not count
-        if len(classes):
-            return classes
+        found.update(labels.detach().unique().tolist())
+    classes = sorted(c for c in processes.everyones(found, model) if c >= 0)  # -100: no label
+    if classes:
+        return torch.tensor(classes)
     raise DataError(
         "the data to consolidate has no labels: pass a list or a DataLoader of the task's batches, "
         "not an iterator that was used up"

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from guywire.core import batches
 from guywire.core.aside import aside, is_aside
@@ -74,8 +75,8 @@ class FeatureDistillation(Regularizer):
     that gave ``outputs``. Where they were not seen (no ``outputs``, or a model compiled before it
     was attached) the model runs once more.
 
-    Needs a model that can be deep-copied: plain, compiled or under DDP; ``fully_shard`` (FSDP2) is
-    refused at ``consolidate``.
+    The teacher is a deep copy of the model; under FSDP2 it is shards, which trade places with the
+    model's while it answers, so that every process must call ``wires.loss`` alike.
 
     Args:
         strength: weight of the term; a number or a schedule ``step -> number``. At 0 the teacher is
@@ -112,7 +113,7 @@ class FeatureDistillation(Regularizer):
         self.strength = strength
         self.layer = layer
         self.at: Side = at
-        self.teacher_: nn.Module | None = None
+        self.teacher_: _teacher.Teacher | None = None
         self._model: nn.Module | None = None
         self._seen: _Capture | None = None
 
@@ -132,7 +133,7 @@ class FeatureDistillation(Regularizer):
         self._seen = _Capture(_find(model, self.layer), self.at)
         self._model = model
         if self.teacher_ is not None:
-            self.teacher_.to(batches.device_of(model))
+            self.teacher_ = _teacher.move(self.teacher_, model)
 
     def loss(self, batch: Any, outputs: Any) -> Tensor | None:
         """Return the distillation term of a batch.
@@ -156,14 +157,16 @@ class FeatureDistillation(Regularizer):
         if self.teacher_ is None or strength == 0.0:
             return None
         if outputs is None or student is None or student.shape[0] != batches.size_of(batch):
-            student = self._run(self._model, batch)
-        with torch.no_grad():
-            teacher = self._run(self.teacher_, batch)
+            student, outputs = self._run(self._model, batch)
+        if isinstance(self.teacher_, _teacher.Shards):
+            student = _through(student, outputs)
+        with torch.no_grad(), _teacher.teaching(self.teacher_, self._model) as old:
+            teacher, _ = self._run(old, batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return strength * feature_distillation_loss(student, teacher, mask)
 
     def consolidate(self, model: nn.Module, data: Iterable[Any] | None) -> None:
-        """Take a frozen copy of the model as the teacher.
+        """Take the model as it is for the teacher.
 
         Args:
             model: the user's module.
@@ -208,11 +211,11 @@ class FeatureDistillation(Regularizer):
             # A head that grew since then does not change what goes into it.
             self.teacher_ = _teacher.rebuild(self._model, saved, grown=True)
 
-    def _run(self, model: nn.Module, batch: Any) -> Tensor:
+    def _run(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         probe = _Capture(_find(model, self.layer), self.at, ours=True)
         try:
             with aside():
-                batches.forward(model, batch)
+                outputs = batches.forward(model, batch)
             features = probe.take()
         finally:
             probe.remove()
@@ -222,7 +225,7 @@ class FeatureDistillation(Regularizer):
                 f"{layer} was not called in the forward pass: name another layer "
                 "(parts of nn.MultiheadAttention, for one, are read but never called)"
             )
-        return features
+        return features, outputs
 
 
 class _Capture:
@@ -252,6 +255,29 @@ class _Capture:
     def remove(self) -> None:
         self._handle.remove()
         self.features = None
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, output: Tensor) -> Tensor:
+        ctx.shape, ctx.like = output.shape, output.new_zeros(())
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], ctx.like.expand(ctx.shape)
+
+
+def _through(features: Tensor, outputs: Any) -> Tensor:
+    """Return the features, with a backward pass that also comes through the model's outputs.
+
+    FSDP2 gathers a module's parameters where a gradient reaches its outputs. One that enters at a
+    layer inside would meet parameters whose memory was freed. The outputs' gradient is zero.
+    """
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            return _Through.apply(features, leaf)  # pyright: ignore[reportReturnType]
+    return features
 
 
 def _find(model: nn.Module, layer: str | None) -> nn.Module:

@@ -97,8 +97,9 @@ class PredictionDistillation(Regularizer):
     labels seen in the data of any ``consolidate``; without data, all outputs of the teacher. Add
     ``wires.loss(batch, outputs)`` to the loss. On sequences, tokens labelled -100 do not count.
 
-    Needs a model that can be deep-copied: plain, compiled or under DDP; ``fully_shard`` (FSDP2) is
-    refused at ``consolidate``.
+    The teacher is a deep copy of the model; under FSDP2 it is shards, which trade places with the
+    model's while it answers, so that every process must call ``wires.loss`` alike. Under DDP and
+    FSDP2 old classes are those that any process saw.
 
     Args:
         strength: weight of the term; a number or a schedule ``step -> number``. At 0 the teacher is
@@ -135,7 +136,7 @@ class PredictionDistillation(Regularizer):
         self.strength = strength
         self.kind: Kind = kind
         self.temperature = temperature
-        self.teacher_: nn.Module | None = None
+        self.teacher_: _teacher.Teacher | None = None
         self.old_classes_: Tensor | None = None
         self._model: nn.Module | None = None
 
@@ -154,7 +155,7 @@ class PredictionDistillation(Regularizer):
         )
         self._model = model
         if self.teacher_ is not None:
-            self.teacher_.to(batches.device_of(model))
+            self.teacher_ = _teacher.move(self.teacher_, model)
 
     def loss(self, batch: Any, outputs: Any) -> Tensor | None:
         """Return the distillation term of a batch.
@@ -176,8 +177,8 @@ class PredictionDistillation(Regularizer):
         with aside():
             if outputs is None:
                 outputs = batches.forward(self._model, batch)
-            with torch.no_grad():
-                teacher = batches.logits_of(batches.forward(self.teacher_, batch))
+            with torch.no_grad(), _teacher.teaching(self.teacher_, self._model) as old:
+                teacher = batches.logits_of(batches.forward(old, batch))
         student = batches.logits_of(outputs)
         if student.dim() > 2:
             counted = batches.labels_of(batch) != -100
@@ -191,7 +192,7 @@ class PredictionDistillation(Regularizer):
         return strength * term
 
     def consolidate(self, model: nn.Module, data: Iterable[Any] | None) -> None:
-        """Take a frozen copy of the model as the teacher, and note the classes seen.
+        """Take the model as it is for the teacher, and note the classes seen.
 
         Args:
             model: the user's module.
@@ -202,7 +203,9 @@ class PredictionDistillation(Regularizer):
             DataError: the data has no class labels.
         """
         everything = data is None or (self.teacher_ is not None and self.old_classes_ is None)
-        classes = None if data is None or everything else _teacher.classes_in(data)
+        wires = getattr(self, "_wires", None)
+        whole = model if wires is None else wires.model  # DDP's wrapper says with whom to share
+        classes = None if data is None or everything else _teacher.classes_in(data, whole)
         self.teacher_ = _teacher.freeze(model)
         if classes is not None and self.old_classes_ is not None:
             classes = torch.cat([self.old_classes_.cpu(), classes]).unique()
