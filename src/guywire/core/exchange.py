@@ -4,21 +4,26 @@ Modules that ``fully_shard`` (FSDP2) has treated cannot be copied, so a second s
 teacher's, a slow adapter's) has no model of its own to live in. Its shards trade places with the
 model's: what FSDP2 gathers then is the other set. Each process trades its own shards, so that
 nothing is communicated, and no third set is held.
+
+A gradient that enters such a model at a layer inside must come through its outputs as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from guywire.core import _stepping, tensors
 from guywire.core.errors import AttachError
 from guywire.core.selection import canonical, named_parameters
 from guywire.core.tensors import Tensors
 
-__all__ = ["exchanged", "values_of"]
+__all__ = ["exchanged", "through", "values_of"]
 
 
 def values_of(model: nn.Module) -> Tensors:
@@ -67,6 +72,36 @@ def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             model
         )  # or the pass's parameters would stay gathered where FSDP2 keeps them
         _trade(pairs)
+
+
+def through(value: Tensor, outputs: Any) -> Tensor:
+    """Return a value of a pass inside a model, with a backward pass that starts at its outputs.
+
+    FSDP2 gathers parameters where a gradient reaches the outputs of their module. One that entered
+    at a layer inside, alone, would meet parameters whose memory was freed: a crash, not an error.
+
+    Args:
+        value: any tensor with a graph.
+        outputs: of that pass: a tensor, or a tree of tensors.
+
+    Returns:
+        The same numbers; the first of the outputs with a graph gets a gradient of zeros.
+    """
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            return _Through.apply(value, leaf)  # pyright: ignore[reportReturnType]
+    return value
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, output: Tensor) -> Tensor:
+        ctx.shape, ctx.zero = output.shape, output.new_zeros(())
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], ctx.zero.expand(ctx.shape)
 
 
 def _pairs(own: Tensors, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:

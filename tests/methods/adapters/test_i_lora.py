@@ -561,11 +561,3 @@ def test_errors_name_the_value_and_the_remedy():
         averaging.swapped(other, i_lora.slow_),
     ):
         pass
-
-
-def test_sharded_adapters_are_refused():
-    model = dressed()
-    site = sites(model)[0]
-    site.A.device_mesh = object()  # what fully_shard leaves on a parameter, among other things
-    with pytest.raises(AttachError, match="use DDP"):
-        gw.attach(model, sgd(model), gw.ILoRA())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core.errors import AttachError, UsageError
-from guywire.core.selection import named_parameters
-from guywire.core.tensors import Tensors
+from guywire.core.exchange import exchanged, values_of
+from guywire.core.processes import is_sharded
+from guywire.core.tensors import Tensors, local
 
 __all__ = [
     "average_into",
@@ -88,10 +89,11 @@ def slow_copy(parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other values in the place of parameters; no parameter's own memory is written.
+    """Put other values in the place of parameters.
 
     The parameters themselves, and with them the optimiser, graphs, hooks and ``requires_grad``, are
-    put aside and come back.
+    put aside and come back; no parameter's own memory is written. Sharded ones cannot be put aside:
+    their shards trade places with a copy of the values.
 
     Args:
         model: unwrapped.
@@ -104,6 +106,10 @@ def swapped(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         AttachError: the model lacks one of the names, or has it in another shape.
     """
     own = _matching(model, values)
+    if is_sharded(model):
+        with exchanged(model, {n: values[n].to(p.dtype, copy=True) for n, p in own.items()}):
+            yield
+        return
     places: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     stand_in = {
         id(p): nn.Parameter(values[name].to(device=p.device, dtype=p.dtype), requires_grad=False)
@@ -134,7 +140,7 @@ def copy_into(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """
     with torch.no_grad():
         for name, p in _matching(model, values).items():
-            p.copy_(values[name])
+            local(p).copy_(local(values[name]))
 
 
 def average_into(slow: Sequence[Tensor], fast: Sequence[Tensor], decay: float) -> None:
@@ -145,8 +151,9 @@ def average_into(slow: Sequence[Tensor], fast: Sequence[Tensor], decay: float) -
         fast: of the same shapes, any floating type.
         decay: weight of the old slow value.
     """
-    wide = [f.detach().to(s.dtype) for s, f in zip(slow, fast, strict=True)]
-    torch._foreach_lerp_(list(slow), wide, 1.0 - decay)
+    own = [local(s) for s in slow]
+    wide = [local(f).to(s.dtype) for s, f in zip(own, fast, strict=True)]
+    torch._foreach_lerp_(own, wide, 1.0 - decay)
 
 
 def check_decay(decay: float) -> None:
@@ -164,8 +171,8 @@ def check_decay(decay: float) -> None:
         )
 
 
-def _matching(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    own = named_parameters(model)
+def _matching(model: nn.Module, values: Mapping[str, Tensor]) -> Tensors:
+    own = values_of(model)
     for name, value in values.items():
         if name not in own:
             raise AttachError(

@@ -40,9 +40,11 @@ from guywire.core import batches, losses
 from guywire.core.aside import aside, random_state_kept
 from guywire.core.buffers import BalancedBuffer, Buffer, ReservoirBuffer
 from guywire.core.errors import AttachError, DataError, SelectionError, UsageError
+from guywire.core.exchange import through
+from guywire.core.processes import is_sharded
 from guywire.core.regularizer import Regularizer, Step, Strength, strength_at
 from guywire.core.selection import named_parameters, unwrap
-from guywire.core.tensors import Tensors
+from guywire.core.tensors import Tensors, place_like
 from guywire.methods.adapters import _hidden, averaging
 from guywire.methods.adapters._hidden import Consistency, hidden_state_loss
 from guywire.methods.adapters._lora import sites
@@ -59,7 +61,8 @@ class ILoRA(Regularizer):
     loop trains it, adds ``wires.loss(batch, outputs)`` and ends each task with
     ``wires.consolidate(loader)``, which fills the memory. Use :meth:`slow` to evaluate or save the
     average, or :meth:`fold` to make it the model's own. With several adapters, those that are trained
-    count. Each process of DDP has a memory of its own.
+    count. Under DDP and FSDP2 each process has a memory of its own; under FSDP2 the slow adapter is
+    sharded like the fast one, and every process calls ``wires.loss``, ``slow`` and ``fold``.
 
     Args:
         strength: gamma, the weight of the hidden states' term; a number or a schedule
@@ -83,7 +86,6 @@ class ILoRA(Regularizer):
     Raises:
         SelectionError: at attach, if the model has no trainable LoRA factors, or no such ``layers``.
         UsageError: at attach, if a value makes no sense; at ``consolidate`` without data.
-        AttachError: at attach, if the adapters are sharded by FSDP2.
 
     Example:
         >>> import guywire as gw
@@ -166,7 +168,6 @@ class ILoRA(Regularizer):
         Raises:
             SelectionError: no LoRA factors are trained, or there are no such layers.
             UsageError: a value makes no sense.
-            AttachError: the adapters are sharded.
         """
         self._check()
         self.buffer_ = self._memory()
@@ -179,16 +180,11 @@ class ILoRA(Regularizer):
         trained = [s for s in found if s.A.requires_grad or s.B.requires_grad]
         self._blocks = _hidden.blocks(model, trained, self.layers)
         every = named_parameters(model)
-        if sharded := next((n for n, p in every.items() if hasattr(p, "device_mesh")), None):
-            raise AttachError(
-                f"{sharded!r} is sharded by fully_shard, and two adapters cannot take turns in "
-                "sharded layers: adapters are small, use DDP"
-            )
         slow, updates = {}, {}
         for name, p in every.items():
             old = self.slow_.get(name)
             if old is not None and old.shape == p.shape:
-                slow[name] = old.to(p.device)
+                slow[name] = place_like(old, p)
                 updates[name] = self._updates[name]
             elif p.requires_grad:
                 slow[name], updates[name] = averaging.slow_copy(p), 0
@@ -218,7 +214,8 @@ class ILoRA(Regularizer):
         drawn = batches.to(drawn, batches.device_of(self._model))
         if strength == 0.0:
             with aside():
-                return self.replay * self._cross_entropy(drawn)
+                outputs = batches.forward(self._model, drawn)
+                return self.replay * self._cross_entropy(outputs, drawn)
         # Dropout's noise would be all that two near adapters differ by.
         with aside(), evaluating(self._model):
             return self._both(drawn, strength)
@@ -345,19 +342,18 @@ class ILoRA(Regularizer):
         ):
             batches.forward(model, drawn)
         with _hidden.listen(self._blocks, compare):
-            if self.replay == 0.0:
-                batches.forward(model, drawn)
-                term = None
-            else:
-                term = self.replay * self._cross_entropy(drawn)
+            outputs = batches.forward(model, drawn)
+        term = None if self.replay == 0.0 else self.replay * self._cross_entropy(outputs, drawn)
         if not terms:
             raise DataError(f"none of {', '.join(self._blocks)} ran: name other layers=")
         held = (1.0 + self.replay) * strength * torch.stack(terms).mean()
+        if is_sharded(model):
+            held = through(held, outputs)
         return held if term is None else term + held
 
-    def _cross_entropy(self, drawn: Any) -> Tensor:
+    def _cross_entropy(self, outputs: Any, drawn: Any) -> Tensor:
         assert self._model is not None
-        logits = batches.logits_of(batches.forward(self._model, drawn))
+        logits = batches.logits_of(outputs)
         labels = batches.labels_of(drawn)
         if self.criterion is None:
             return losses.cross_entropy_of(self._model, logits, labels)

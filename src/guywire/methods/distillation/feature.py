@@ -22,9 +22,8 @@ from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from guywire.core import batches
+from guywire.core import batches, exchange
 from guywire.core.aside import aside, is_aside
 from guywire.core.errors import CheckpointError, DataError, SelectionError, UsageError
 from guywire.core.regularizer import Regularizer, Strength, strength_at
@@ -159,7 +158,7 @@ class FeatureDistillation(Regularizer):
         if outputs is None or student is None or student.shape[0] != batches.size_of(batch):
             student, outputs = self._run(self._model, batch)
         if isinstance(self.teacher_, _teacher.Shards):
-            student = _through(student, outputs)
+            student = exchange.through(student, outputs)
         with torch.no_grad(), _teacher.teaching(self.teacher_, self._model) as old:
             teacher, _ = self._run(old, batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -255,29 +254,6 @@ class _Capture:
     def remove(self) -> None:
         self._handle.remove()
         self.features = None
-
-
-class _Through(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, output: Tensor) -> Tensor:
-        ctx.shape, ctx.like = output.shape, output.new_zeros(())
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], ctx.like.expand(ctx.shape)
-
-
-def _through(features: Tensor, outputs: Any) -> Tensor:
-    """Return the features, with a backward pass that also comes through the model's outputs.
-
-    FSDP2 gathers a module's parameters where a gradient reaches its outputs. One that enters at a
-    layer inside would meet parameters whose memory was freed. The outputs' gradient is zero.
-    """
-    for leaf in pytree.tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.requires_grad:
-            return _Through.apply(features, leaf)  # pyright: ignore[reportReturnType]
-    return features
 
 
 def _find(model: nn.Module, layer: str | None) -> nn.Module:
