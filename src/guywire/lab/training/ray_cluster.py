@@ -353,7 +353,7 @@ def _own_environment() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in (*ours, "RAY_AUTH_MODE")}
     # Names of sockets may have some 100 characters, and Ray's take 60: no deep folder will do.
     short = "/tmp" if os.path.isdir("/tmp") else None
-    folder = tempfile.mkdtemp(prefix="guywire-ray-", dir=short)
+    folder = tempfile.mkdtemp(prefix=f"guywire-ray-{os.getpid()}-", dir=short)
     os.environ.update(ours)
     try:
         yield folder
