@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from guywire.core.aside import aside, is_aside, random_state_kept, undisturbed
+from guywire.core.aside import (
+    aside,
+    is_aside,
+    is_listener,
+    listener,
+    random_state_kept,
+    undisturbed,
+)
 
 
 class Counting(nn.Module):
@@ -80,3 +87,12 @@ def test_aside_nests_and_random_state_is_kept():
     with random_state_kept():
         torch.rand(1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_listener_is_told_from_other_hooks():
+    def hook():
+        pass
+
+    assert not is_listener(hook)
+    assert listener(hook) is hook
+    assert is_listener(hook)

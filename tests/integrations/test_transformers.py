@@ -187,6 +187,18 @@ def test_loss_side_counts_once_under_accumulation(tmp_path, accumulation, n):
     assert float(loss.callback.loss(None, rows.labels, 3)) == 0.0
 
 
+def test_a_teacher_taken_while_attached_copies_the_model_and_nothing_that_hangs_on_it(tmp_path):
+    distil = gw.PredictionDistillation(2.0)
+    callback = GuywireCallback(distil)
+    model = bert()
+    trainer = trainer_of(model, tmp_path, callback)
+    trainer.train()
+    trainer.optimizer.__deepcopy__ = lambda memo: pytest.fail("the optimiser is copied")
+    assert model._forward_pre_hooks  # of the callback, which keeps the batch
+    callback.consolidate(trainer.get_train_dataloader())
+    assert not distil.teacher_._forward_pre_hooks
+
+
 def test_resume_equals_no_interruption(tmp_path):
     def ewc():
         made = gw.EWC(3.0)

@@ -7,8 +7,9 @@ two context managers here keep those runs from being noticed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from guywire.core.batches import device_of
 
-__all__ = ["aside", "is_aside", "random_state_kept", "undisturbed"]
+__all__ = ["aside", "is_aside", "is_listener", "listener", "random_state_kept", "undisturbed"]
 
 # A plain module global, not a ContextVar: torch.compile can read it inside a traced hook.
 _depth = 0
@@ -29,6 +30,34 @@ def is_aside() -> bool:
         True inside :func:`aside` or :func:`undisturbed`.
     """
     return _depth > 0
+
+
+_LISTENER = "_guywire_listener"
+
+
+def listener(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a forward hook that listens to the user's own passes: copies of a model go without it.
+
+    Args:
+        hook: a function. Not a bound method, of which ``copy.deepcopy`` would copy the object.
+
+    Returns:
+        The hook.
+    """
+    setattr(hook, _LISTENER, True)
+    return hook
+
+
+def is_listener(hook: Callable[..., Any]) -> bool:
+    """Tell whether a hook was marked by :func:`listener`.
+
+    Args:
+        hook: any.
+
+    Returns:
+        The answer.
+    """
+    return hasattr(hook, _LISTENER)
 
 
 @contextmanager

@@ -20,15 +20,16 @@ checkpoint of the Trainer, as ``guywire.safetensors``, and found again on resume
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from guywire.core import checkpoint
-from guywire.core.aside import is_aside
+from guywire.core.aside import is_aside, listener
 from guywire.core.attach import Wires, attach
 from guywire.core.errors import AttachError, CheckpointError, need
 from guywire.core.regularizer import Regularizer
@@ -50,9 +51,9 @@ class GuywireCallback(TrainerCallback):
     """Attach regularizers when the Trainer begins, save and restore their state with its own.
 
     The wires stay attached when training ends, so that :meth:`consolidate` can follow; the next
-    ``train()`` attaches anew, to its new optimiser. Under DDP the Trainer shows its callbacks the
-    bare model, so importances are those of each process's own data: consolidate on one process, or
-    pass every process the same data. FSDP and DeepSpeed are not supported here.
+    ``train()`` attaches anew, to its new optimiser. Under DDP every process consolidates, each on its
+    own part of the data, which is what ``trainer.get_train_dataloader()`` gives it. FSDP and
+    DeepSpeed are not supported here.
 
     Args:
         regularizers: one or several.
@@ -99,9 +100,9 @@ class GuywireCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         self._accumulation = args.gradient_accumulation_steps
         self._shifted = _leaves_first_out(model)
-        self.wires = attach(model, kwargs["optimizer"], self.regularizers)
+        self.wires = attach(_as_trained(model), kwargs["optimizer"], self.regularizers)
         if any(type(r).loss is not Regularizer.loss for r in self.wires.regularizers):
-            self._handle = model.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+            self._handle = model.register_forward_pre_hook(self._inputs_hook(), with_kwargs=True)
         if state.global_step > 0:
             folder = self.resume_from or _folder(args, state)
             path = Path(folder) / FILE
@@ -207,16 +208,35 @@ class GuywireCallback(TrainerCallback):
         counted = labels[..., 1:] if self._shifted else labels
         return term * ((counted != _IGNORED).sum() / num_items_in_batch)
 
-    def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _inputs_hook(self) -> Callable[..., Any]:
         # compute_loss_func gets outputs and labels only, and a teacher needs the inputs as well.
-        if module.training and torch.is_grad_enabled() and not is_aside():
-            own = ("labels", "num_items_in_batch")
-            kept: Mapping[str, Any] = kwargs
-            self._inputs = {name: v for name, v in kept.items() if name not in own}
+        @listener
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if module.training and torch.is_grad_enabled() and not is_aside():
+                own = ("labels", "num_items_in_batch")
+                self._inputs = {name: v for name, v in kwargs.items() if name not in own}
+
+        return keep
 
 
 def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _as_trained(model: nn.Module) -> nn.Module:
+    """Return the wrapper that the Trainer put around a model under DDP, else the model.
+
+    Callbacks see the bare model, and nothing that they get leads to the wrapper; but it says with
+    whom importances are to be summed. Without it the processes would be pulled apart.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return model
+    found = nn.parallel.DistributedDataParallel
+    for thing in gc.get_objects():
+        # Not isinstance, which some proxies answer by importing what they stand for.
+        if issubclass(type(thing), found) and thing.module is model:
+            return thing
+    return model
 
 
 def _leaves_first_out(model: nn.Module) -> bool:

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import batches, exchange, processes, tensors
-from guywire.core.aside import undisturbed
+from guywire.core.aside import is_listener, undisturbed
 from guywire.core.errors import AttachError, CheckpointError, DataError
 from guywire.core.selection import canonical, unwrap
 from guywire.core.tensors import Tensors
-
-MARK = "_guywire_capture"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def freeze(model: nn.Module) -> Teacher:
         ) from error
     for module in teacher.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hasattr(hook, MARK)]:
+            for key in [key for key, hook in hooks.items() if is_listener(hook)]:
                 del hooks[key]
     return teacher.eval().requires_grad_(False)
 

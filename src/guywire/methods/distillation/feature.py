@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from guywire.core import batches, exchange
-from guywire.core.aside import aside, is_aside
+from guywire.core.aside import aside, is_aside, listener
 from guywire.core.errors import CheckpointError, DataError, SelectionError, UsageError
 from guywire.core.regularizer import Regularizer, Strength, strength_at
 from guywire.methods.distillation import _teacher
@@ -233,6 +233,7 @@ class _Capture:
     def __init__(self, module: nn.Module, at: Side, *, ours: bool = False) -> None:
         self.features: Tensor | None = None
 
+        @listener
         def hook(called: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             # Deaf to copies of the module, to evaluations, and to passes of other methods.
             if called is not module or (not ours and (is_aside() or not torch.is_grad_enabled())):
@@ -244,7 +245,6 @@ class _Capture:
             if isinstance(value, Tensor):
                 self.features = value
 
-        setattr(hook, _teacher.MARK, True)
         self._handle = module.register_forward_hook(hook, with_kwargs=True)
 
     def take(self) -> Tensor | None:
