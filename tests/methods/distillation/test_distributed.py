@@ -93,11 +93,54 @@ def train(method, rank, count=1, wrap=lambda model: model):
     return {"terms": terms, "parameters": parameters, "wires": saved, "offset": model.offset}
 
 
+def train_llama(rank, count=1):
+    """Tied embeddings, blocks run again in backward, and a feature out of the middle."""
+    from torch.distributed.fsdp import fully_shard
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=16,
+        tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().train()
+    checkpointing = "activation_checkpointing_enable"
+    if not hasattr(model, checkpointing):  # before transformers 5.23
+        checkpointing = "gradient_checkpointing_enable"
+    getattr(model, checkpointing)({"use_reentrant": False})
+    if count > 1:
+        for part in (*model.model.layers, model):
+            fully_shard(part)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    middle = gw.FeatureDistillation(0.5, layer="model.layers.0", at="output")
+    wires = gw.attach(model, optimizer, [middle, gw.PredictionDistillation(2.0)])
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 60, (4, 9), generator=generator)[rank::count]
+        batch = {"input_ids": ids, "labels": ids}
+        optimizer.zero_grad()
+        outputs = model(**batch)
+        term = wires.loss(batch, outputs if step % 2 else None)
+        (outputs.loss + term).backward()
+        optimizer.step()
+        if step == 1:
+            wires.consolidate([batch])
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+
+
 def in_two(rank):
-    return {
+    found = {
         name: {how: train(method(), rank, 2, wrap) for how, wrap in WRAPS.items()}
         for name, method in METHODS.items()
     }
+    return found | {"llama": train_llama(rank, 2)}
+
+
+def test_a_sharded_llama_equals_a_whole_one(found_in_two):
+    one = train_llama(0)
+    for found in found_in_two:
+        torch.testing.assert_close(found["llama"], one, rtol=0, atol=1e-10)
 
 
 @pytest.fixture(scope="module")
