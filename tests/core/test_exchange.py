@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from guywire.core.errors import AttachError
-from guywire.core.exchange import exchanged, values_of
+from guywire.core.exchange import exchanged, through, values_of
 
 
 class Tied(nn.Module):
@@ -91,3 +91,25 @@ def test_values_that_do_not_fit_are_refused_before_anything_moves(values, words)
     ):
         pytest.fail("entered")
     assert torch.equal(model.bias, before["bias"])
+
+
+def test_through_changes_no_number_and_lets_a_zero_gradient_reach_the_outputs():
+    inside = torch.randn(3, requires_grad=True)
+    outputs = {
+        "hidden": torch.zeros(2),
+        "logits": (inside * 2.0).log(),
+    }  # NaN, as masked ones may be
+    reached = []
+    outputs["logits"].register_hook(reached.append)
+    value = inside.square()
+    tied = through(value, outputs)
+    assert torch.equal(tied, value)
+    (gradient,) = torch.autograd.grad(tied.sum(), [value], retain_graph=True)
+    assert torch.equal(gradient, torch.ones(3))
+    tied.sum().backward()
+    assert [g.tolist() for g in reached] == [[0.0, 0.0, 0.0]]
+
+
+def test_through_outputs_without_a_graph_is_nothing():
+    value = torch.ones(2, requires_grad=True) * 2.0
+    assert through(value, (torch.zeros(2), "words")) is value
