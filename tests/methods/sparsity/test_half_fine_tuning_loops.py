@@ -145,6 +145,37 @@ def test_two_processes_wrapped_after_attach_equal_one():
         torch.testing.assert_close(one[name], value, rtol=1e-8, atol=1e-8)
 
 
+def wrapped_before(rank, parts=1, compiled=False):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    outer = model if parts == 1 else nn.parallel.DistributedDataParallel(model)
+    if compiled:
+        outer = torch.compile(outer, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hft = gw.HalfFineTuning(seed=4, categories={"*": "feed-forward"})
+    wires = gw.attach(outer, optimizer, hft)
+    for task in range(2):
+        for step in range(2):
+            generator = torch.Generator().manual_seed(10 * task + step)
+            x = torch.randn(8, 4, generator=generator)[rank::parts]
+            optimizer.zero_grad()
+            outer(x).square().mean().backward()
+            optimizer.step()
+        wires.consolidate()
+    return copies(model) | {"frozen": sorted(hft.frozen_)}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_processes_wrapped_before_attach_equal_one(compiled):
+    one, two = run_processes(wrapped_before, 2, parts=2, compiled=compiled)
+    alone = wrapped_before(0)
+    assert one.pop("frozen") == two.pop("frozen") == alone.pop("frozen")
+    for name, value in alone.items():
+        torch.testing.assert_close(one[name], value)
+        assert torch.equal(one[name], two[name])
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:accelerate")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
