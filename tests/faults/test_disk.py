@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def mounted(folder: Path, kilobytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Whatever looks at file systems (a Ray beside us, say) may have it open for a moment.
+        end = time.monotonic() + 10
+        while subprocess.run(["umount", str(folder)], check=False).returncode:
+            assert time.monotonic() < end, f"{folder} is still in use"
+            time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -116,12 +116,16 @@ def test_ended_by_a_scheduler(
 ) -> None:
     draw = random.Random(f"{faults.SEED} {whom} {how}")
     for event in ("settings", "state", "result"):
-        out = tmp_path / event / "run"
-        out.parent.mkdir()
         delay = draw.uniform(0, gaps[event] / 2)
-        what = f"GUYWIRE_FAULT_SEED={faults.SEED}, {how} {whom}, {delay:.3f} s after {event}"
-        process = faults.start(out)
-        there, err = faults.disturb(process, out, event, delay, whom, how, draw)
+        for number in range(6):
+            out = tmp_path / f"{event}{number}" / "run"
+            out.parent.mkdir()
+            what = f"GUYWIRE_FAULT_SEED={faults.SEED}, {how} {whom}, {delay:.3f} s after {event}"
+            process = faults.start(out)
+            there, err = faults.disturb(process, out, event, delay, whom, how, draw)
+            if there and faults.status_of(out) != "done":
+                break
+            delay /= 2  # the gaps were measured on a busier machine: the run had ended before
         assert there, what
         assert process.returncode == 128 + how, (what, err)
         faults.check_sentence(err, "interrupted", f"guywire compare --resume --out {out}")

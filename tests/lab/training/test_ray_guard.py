@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from guywire.lab.training.ray_guard import as_written, limited, signals_kept
+from guywire.lab.training.ray_guard import as_written, limited, persistent, signals_kept
 
 
 def test_what_takes_too_long_is_ended() -> None:
@@ -25,6 +26,37 @@ def test_what_takes_too_long_is_ended() -> None:
         assert signal.getsignal(signal.SIGALRM) is before
     finally:
         signal.setitimer(signal.ITIMER_REAL, *outer)
+
+
+STILLBORN = ConnectionAbortedError(
+    "Initialization failure from server:\nTraceback (most recent call last):\n"
+    "RuntimeError: Starting Ray client server failed. See ray_client_server_23001.err"
+)
+
+
+@pytest.mark.parametrize(
+    ("errors", "tries", "raised"),
+    [
+        ([], 1, None),
+        ([STILLBORN] * 3, 4, None),
+        ([STILLBORN] * 9, 4, ConnectionAbortedError),
+        ([STILLBORN, TimeoutError()], 2, TimeoutError),
+        ([ConnectionError("Starting is not allowed")], 1, ConnectionError),
+    ],
+)
+def test_only_a_server_that_died_at_birth_is_tried_again(
+    errors: list[Exception], tries: int, raised: type[Exception] | None
+) -> None:
+    to_come, made = iter(errors), []
+
+    def begin() -> None:
+        made.append(1)
+        if (error := next(to_come, None)) is not None:
+            raise error
+
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+        persistent(begin)
+    assert len(made) == tries
 
 
 def test_no_limit_off_the_main_thread() -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from guywire.core.errors import GuywireError, UsageError, need
-from guywire.lab.training.ray_guard import as_written, limited, quiet, signals_kept
+from guywire.lab.training.ray_guard import as_written, limited, persistent, quiet, signals_kept
 from guywire.lab.training.ray_node import Mailbox, run_on_node
 from guywire.lab.training.ray_settings import CLIENT_PORT, GCS_PORT, Place
 
@@ -263,10 +263,14 @@ def _join(ray: Any, place: Place, address: str) -> bool:
         target = f"ray://{place.at}" if client else place.at
     # Where we were told a loopback address, something answered there: no other will do.
     literal = place.kind == "address" and _loopback(place.host)
+
+    def begin() -> None:
+        with limited(_JOINING):
+            ray.init(address=target, log_to_driver=False, logging_level=logging.CRITICAL)
+
     with signals_kept(), as_written() if literal else contextlib.nullcontext():
         try:
-            with limited(_JOINING):
-                ray.init(address=target, log_to_driver=False, logging_level=logging.CRITICAL)
+            persistent(begin)
         except Exception as error:  # of a dozen kinds
             raise UsageError(_cannot_join(target, client, error)) from error
     return client
@@ -281,8 +285,9 @@ def _cannot_join(target: str, client: bool, error: Exception) -> str:
         remedy = "give the cluster's token in RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH"
     elif client and "Initialization failure" in text:
         remedy = (
-            "a Ray Client server answers there but could not begin a session; try again, and see "
-            "ray_client_server*.err in the head node's logs"
+            "a Ray Client server answers there but began no session; see ray_client_server*.err in "
+            "the head node's logs, and where they speak of gRPC and fork, try again or start the "
+            "head node with GRPC_ENABLE_FORK_SUPPORT=0 in its environment"
         )
     elif isinstance(error, TimeoutError) and client:
         remedy = "its Ray Client server cannot reach the cluster; see ray_client_server*.err there"

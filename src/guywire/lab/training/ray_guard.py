@@ -1,4 +1,4 @@
-"""What surrounds ``ray.init``: signals, a limit of time, loopback addresses, Ray's own remarks."""
+"""What surrounds ``ray.init``: signals, limits of time, stillbirths, loopback, Ray's own remarks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["as_written", "limited", "quiet", "signals_kept"]
+__all__ = ["as_written", "limited", "persistent", "quiet", "signals_kept"]
 
 _SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
@@ -66,6 +66,25 @@ def limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before if before is not None else signal.SIG_DFL)
+
+
+def persistent(begin: Callable[[], None], *, sessions: int = 4) -> None:
+    """Begin a session of Ray Client, again where the server that should serve it died at birth.
+
+    The head node forks a server for each session while its gRPC threads run, and one in fifteen or
+    so dies of that before it has begun: https://github.com/ray-project/ray/issues/63202.
+
+    Args:
+        begin: begins a session, or raises what Ray raises; leaves nothing behind then.
+        sessions: to try at most.
+    """
+    for _ in range(sessions - 1):
+        try:
+            return begin()
+        except Exception as error:  # of a dozen kinds
+            if "Starting Ray client server failed" not in str(error):
+                raise
+    return begin()
 
 
 @contextlib.contextmanager
