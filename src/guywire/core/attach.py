@@ -116,6 +116,11 @@ class Wires:
             self.optimizer.register_step_post_hook(self._after),
         ]
 
+    def __deepcopy__(self, memo: Any) -> Wires:
+        # A copy of a model that holds its wires shares them, or it would copy the optimiser and
+        # every teacher as well, and fail on a wrapper around the model.
+        return self
+
     def loss(self, batch: Any, outputs: Any = None) -> Tensor:
         """Return the terms that loss-side methods add to the loss of this batch.
 

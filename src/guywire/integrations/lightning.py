@@ -64,6 +64,9 @@ class GuywireCallback(Callback):
         self.wires: Wires | None = None
         self._loaded: dict[str, Any] | None = None
 
+    def __deepcopy__(self, memo: Any) -> GuywireCallback:
+        return self  # as of wires: a teacher of a module that holds its callback shares it
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach; after a checkpoint was loaded, take its state.
 

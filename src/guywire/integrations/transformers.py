@@ -84,6 +84,9 @@ class GuywireCallback(TrainerCallback):
         self._inputs: dict[str, Any] | None = None
         self._handle: Any = None
 
+    def __deepcopy__(self, memo: Any) -> GuywireCallback:
+        return self  # as of wires: a teacher of a module that holds its callback shares it
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach; on resume, load the state saved beside the checkpoint.
 
