@@ -36,8 +36,9 @@ pytest_collect_file = Sybil(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the blocks of a page on one worker: they go on from each other's names.
+    """Keep tests on one worker that share more than their file.
 
+    Blocks of a page go on from each other's names; tests of several processes start these once.
     Marks cannot say so: pytest 9.2 no longer shows xdist the group that it writes into a test's id.
     """
     from xdist.scheduler import LoadScopeScheduling
@@ -45,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByPage(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return file if file.endswith(".md") else nodeid
+            return file if file.endswith(".md") or "distributed" in file else nodeid
 
     return ByPage(config, log)
 
