@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from guywire.core import exchange
 from guywire.core.errors import AttachError
 from guywire.core.exchange import exchanged, through, values_of
 
@@ -74,6 +75,25 @@ def test_an_error_within_puts_both_back():
     assert not values["weight"].any()
 
 
+def test_want_of_memory_half_way_puts_back_what_was_traded(monkeypatch):
+    model = nn.Linear(2, 2)
+    before = copies(model)
+    values = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    trade = exchange._trade
+
+    def scarce(mine, theirs):
+        if mine.dim() == 1 and not theirs.any():
+            raise MemoryError
+        trade(mine, theirs)
+
+    monkeypatch.setattr(exchange, "_trade", scarce)
+    with pytest.raises(MemoryError), exchanged(model, values):
+        pytest.fail("entered")
+    for name, value in copies(model).items():
+        assert torch.equal(value, before[name])
+    assert not any(value.any() for value in values.values())
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -95,12 +115,10 @@ def test_values_that_do_not_fit_are_refused_before_anything_moves(values, words)
 
 def test_through_changes_no_number_and_lets_a_zero_gradient_reach_the_outputs():
     inside = torch.randn(3, requires_grad=True)
-    outputs = {
-        "hidden": torch.zeros(2),
-        "logits": (inside * 2.0).log(),
-    }  # NaN, as masked ones may be
+    logits = (inside * 2.0).log()  # some are NaN
+    outputs = {"hidden": torch.zeros(2), "logits": logits}
     reached = []
-    outputs["logits"].register_hook(reached.append)
+    logits.register_hook(reached.append)
     value = inside.square()
     tied = through(value, outputs)
     assert torch.equal(tied, value)

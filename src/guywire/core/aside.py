@@ -22,6 +22,8 @@ __all__ = ["aside", "is_aside", "is_listener", "listener", "random_state_kept", 
 # A plain module global, not a ContextVar: torch.compile can read it inside a traced hook.
 _depth = 0
 
+_LISTENER = "_guywire_listener"
+
 
 def is_aside() -> bool:
     """Tell whether the present forward pass is one of our own, not the user's.
@@ -30,9 +32,6 @@ def is_aside() -> bool:
         True inside :func:`aside` or :func:`undisturbed`.
     """
     return _depth > 0
-
-
-_LISTENER = "_guywire_listener"
 
 
 def listener(hook: Callable[..., Any]) -> Callable[..., Any]:

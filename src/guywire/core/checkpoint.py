@@ -139,9 +139,10 @@ def _pack(value: Tree, where: str, tensors: dict[str, Tensor], seen: dict[Any, s
 
 def _register(tensor: Tensor, where: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
     if tensor.layout != torch.strided or tensor.is_meta or hasattr(tensor, "to_local"):
+        remedy = ", which gw.gathered(tree) makes of it" if hasattr(tensor, "to_local") else ""
         raise CheckpointError(
             f"{where or 'the tree'} is a {type(tensor).__name__} of layout {tensor.layout} on "
-            f"{tensor.device}: a checkpoint holds ordinary dense tensors"
+            f"{tensor.device}: a checkpoint holds ordinary dense tensors{remedy}"
         )
     if tensor.dtype not in headers.NAMES:
         raise CheckpointError(

@@ -64,14 +64,16 @@ def exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         AttachError: the model lacks a name, or has it in another shape or type.
     """
     pairs = _pairs(values_of(model), values)
-    _trade(pairs)
+    traded: list[tuple[Tensor, Tensor]] = []
     try:
+        for mine, theirs in pairs:  # one may find no memory
+            _trade(mine, theirs)
+            traded.append((mine, theirs))
         yield
     finally:
-        _stepping.reshard(
-            model
-        )  # or the pass's parameters would stay gathered where FSDP2 keeps them
-        _trade(pairs)
+        _stepping.reshard(model)  # FSDP2 would keep some of the pass's parameters gathered
+        for mine, theirs in traded:
+            _trade(mine, theirs)
 
 
 def through(value: Tensor, outputs: Any) -> Tensor:
@@ -124,8 +126,7 @@ def _pairs(own: Tensors, values: Mapping[str, Tensor]) -> list[tuple[Tensor, Ten
     return pairs
 
 
-def _trade(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for mine, theirs in pairs:
-        held = mine.clone()
-        mine.copy_(theirs)
-        theirs.copy_(held)
+def _trade(mine: Tensor, theirs: Tensor) -> None:
+    held = mine.clone()
+    mine.copy_(theirs)
+    theirs.copy_(held)

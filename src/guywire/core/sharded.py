@@ -119,7 +119,8 @@ class ShardedState:
         if several and own:
             raise CheckpointError(
                 f"{own[0]} keeps samples that differ between processes, and DCP would keep those "
-                "of one: save wires.state_dict() of each process with guywire.core.checkpoint"
+                "of one: let each process save gw.gathered(wires.state_dict()) with "
+                "guywire.core.checkpoint to a file of its own"
             )
         held: dict[str, Tensor] = {}
         text = json.dumps(_pack(self.wires.state_dict(), "", held), separators=(",", ":"))

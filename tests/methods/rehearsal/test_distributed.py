@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import guywire as gw
+from guywire.core import checkpoint
+from guywire.core.errors import CheckpointError
 from guywire.testing import run_processes
 
 pytestmark = pytest.mark.multiprocess
@@ -103,6 +107,48 @@ def train_replay_on_shards(rank):
         (F.cross_entropy(outputs, y) + wires.loss((x, y), outputs)).backward()
         optimizer.step()
     return {"parameters": whole(model)}
+
+
+def save_and_go_on(rank, folder):
+    """Replay and L2 on shards; through, and again from what each process saved half-way."""
+    path = Path(folder) / f"{rank}.safetensors"
+
+    def run(start, stop, model=None):
+        model = shard(make()) if model is None else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wires = gw.attach(model, optimizer, [gw.L2(0.3), gw.Replay(8, seed=rank)])
+        if start:
+            wires.load_state_dict(checkpoint.load(path))
+        for step in range(start, stop):
+            x, y = part(batch(step), rank, 2)
+            outputs = model(x)
+            optimizer.zero_grad()
+            (F.cross_entropy(outputs, y) + wires.loss((x, y), outputs)).backward()
+            optimizer.step()
+        return model, wires
+
+    through, _ = run(0, 6)
+    half, wires = run(0, 3)
+    refusals = []
+    for save in (
+        lambda: checkpoint.save(path, wires.state_dict()),
+        lambda: gw.sharded_state(wires).state_dict(),
+    ):
+        try:
+            save()
+        except CheckpointError as error:
+            refusals.append(str(error))
+    checkpoint.save(path, gw.gathered(wires.state_dict()))
+    wires.detach()
+    again, _ = run(3, 6, half)
+    return {"through": whole(through), "again": whole(again), "refusals": refusals}
+
+
+def test_each_process_saves_its_memory_beside_whole_anchors_and_goes_on(tmp_path):
+    for found in run_processes(save_and_go_on, 2, folder=str(tmp_path)):
+        assert torch.equal(found["again"], found["through"])
+        assert len(found["refusals"]) == 2
+        assert all("gw.gathered(" in words for words in found["refusals"])
 
 
 def test_under_fsdp2_replay_works(found_in_two):

@@ -71,8 +71,8 @@ def limited(seconds: float) -> Iterator[None]:
 def persistent(begin: Callable[[], None], *, sessions: int = 4) -> None:
     """Begin a session of Ray Client, again where the server that should serve it died at birth.
 
-    The head node forks a server for each session while its gRPC threads run, and one in fifteen or
-    so dies of that before it has begun: https://github.com/ray-project/ray/issues/63202.
+    The head node forks a server for each session while its gRPC threads run, and some die of that
+    before they have begun: https://github.com/ray-project/ray/issues/63202.
 
     Args:
         begin: begins a session, or raises what Ray raises; leaves nothing behind then.

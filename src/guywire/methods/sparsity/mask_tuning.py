@@ -23,11 +23,12 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from guywire.core import batches
 from guywire.core.aside import aside, undisturbed
 from guywire.core.errors import AttachError, SelectionError, UsageError
+from guywire.core.processes import data_parallel
 from guywire.core.regularizer import Regularizer, Step, Strength, strength_at
 from guywire.core.tensors import Tensors
 from guywire.methods.sparsity.masks import masked_weights, unmasked
@@ -335,16 +336,12 @@ class MaskTuning(Regularizer):
 
     def _averaged(self) -> Tensors:
         """Return g_b of the step: the mean over micro-batches, and over processes."""
-        from torch import distributed
-
         original = {name: total / self._weight for name, total in self._original.items()}
-        if not (distributed.is_available() and distributed.is_initialized()):
+        wrapper = data_parallel(getattr(getattr(self, "_wires", None), "model", None))
+        if wrapper is None:
             return original
-        wires = getattr(self, "_wires", None)
-        group = getattr(getattr(wires, "model", None), "process_group", None)
+        group = wrapper.process_group
         world = distributed.get_world_size(group)
-        if world == 1:
-            return original
         # One call for all; dividing first keeps the sum's range that of one process.
         flat = torch.cat([one.reshape(-1) for one in original.values()]) / world
         distributed.all_reduce(flat, group=group)
